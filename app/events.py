@@ -1,0 +1,315 @@
+"""What can happen to a task: one frozen type per event, facts in the past tense.
+
+Lifecycle events move the transition table (`task.py`); activity events do not. An event is what somebody
+says; an `Entry` is that event at its place in the log: the script adds seq, id and time, so no client's clock is
+ever trusted. Encoded once, as JSON with the type as tag, and read by every dialect. No I/O here.
+"""
+
+import re
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+from app.errors import Invalid, TooLarge
+
+EVENT_BYTES_MAX = 256 * 1024
+RESULT_BYTES_MAX = 192 * 1024
+TEXT_BYTES_MAX = 192 * 1024
+"""All text generated so far by one task, over all its agents."""
+
+ID = re.compile(r"[A-Za-z0-9:_.\-]{1,128}")
+"""Task and session ids, as Shannon's gateway checks them (contract §1.0)."""
+
+FINAL_OUTPUT = "final_output"
+"""The agent whose text is the user's answer (Shannon's contract §3)."""
+
+Json = dict[str, Any]
+Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
+"""Fits a Lua number exactly."""
+
+
+class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+    actor: str = ""
+    """Who said it: `user:<id>`, `worker:<id>`, or `taskcast` itself."""
+    message: str = ""
+    """For people; machines read the other fields."""
+    agent: str = ""
+    """The agent inside the task that it is about; empty for the task as a whole."""
+
+
+class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a model call consumed. Cost in nano-USD: Redis and Python print floats differently."""
+
+    model: str = ""
+    provider: str = ""
+    input_tokens: Count = 0
+    output_tokens: Count = 0
+    cost_nano: Count = 0
+
+
+class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A request for work, in our words: what a dialect makes of its own request body."""
+
+    id: str
+    org: str
+    owner: str = ""
+    """The submitting key's user; empty: nobody's."""
+    user: str = ""
+    agent: str = "default"
+    session: str = ""
+    parent: str = ""
+    trigger: str = ""
+    """The agent that delegated."""
+    queue: str = "default"
+    priority: Annotated[int, Meta(ge=0, le=2)] = 0
+    """0 normal, 1 before those of the last minute, 2 before those of the last ten minutes."""
+    dialect: str = ""
+    title: str = ""
+    query: str = ""
+    context: Json = {}
+    mode: str = ""
+    extra: Json = {}
+    """What the dialect alone reads back."""
+    trace: str = ""
+    """The W3C traceparent that the work belongs to."""
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    deadline_seconds: Annotated[float, Meta(ge=0)] = 0
+    """From acceptance to the end of the task; 0: none."""
+    delay_seconds: Annotated[float, Meta(ge=0)] = 0
+    submission: str
+    """Random per request: the same one twice is a repeat, never a second task."""
+    body_hash: str = ""
+    """Of the canonical request body; set when an idempotency key came with it."""
+
+
+# Lifecycle
+
+
+class Submitted(Event, frozen=True, kw_only=True, tag="submitted"):
+    task: Submission
+
+
+class Continued(Event, frozen=True, kw_only=True, tag="continued"):
+    """A new turn of an ended task: the same id, a new question."""
+
+    query: str = ""
+    title: str = ""
+    context: Json = {}
+    extra: Json = {}
+    submission: str
+    deadline_seconds: Annotated[float, Meta(ge=0)] = 0
+
+
+class Started(Event, frozen=True, kw_only=True, tag="started"):
+    worker: str
+
+
+class PauseAsked(Event, frozen=True, kw_only=True, tag="pause_asked"):
+    reason: str = ""
+
+
+class Paused(Event, frozen=True, kw_only=True, tag="paused"):
+    """The handler reached a checkpoint and waits there."""
+
+    checkpoint: Json = {}
+
+
+class Resumed(Event, frozen=True, kw_only=True, tag="resumed"):
+    reason: str = ""
+
+
+class Requeued(Event, frozen=True, kw_only=True, tag="requeued"):
+    """The worker gave the task back: to retry after an error, or because it stops."""
+
+    delay_seconds: Annotated[float, Meta(ge=0)] = 0
+    refund: bool = False
+    """The attempt does not count against `max_attempts` (a worker that stops in good order)."""
+
+
+class LeaseLost(Event, frozen=True, kw_only=True, tag="lease_lost"):
+    pass
+
+
+class Completed(Event, frozen=True, kw_only=True, tag="completed"):
+    result: str = ""
+    result_type: str = "text"
+    """`text`, or `json` when `result` is a JSON document."""
+    usage: Usage | None = None
+
+
+class Failed(Event, frozen=True, kw_only=True, tag="failed"):
+    error: str
+
+
+class Errored(Event, frozen=True, kw_only=True, tag="errored"):
+    error: str
+
+
+class Cancelled(Event, frozen=True, kw_only=True, tag="cancelled"):
+    reason: str = ""
+
+
+class TimedOut(Event, frozen=True, kw_only=True, tag="timed_out"):
+    error: str = "The task exceeded its deadline."
+
+
+class Restated(Event, frozen=True, kw_only=True, tag="restated"):
+    """An owner set the state without an attempt. `None`: unchanged; an empty `result` clears it."""
+
+    to: str = ""
+    result: str | None = None
+    internal_status: str | None = None
+
+
+class Deleted(Event, frozen=True, kw_only=True, tag="deleted"):
+    pass
+
+
+# Activity
+
+
+class Progressed(Event, frozen=True, kw_only=True, tag="progressed"):
+    fraction: Annotated[float, Meta(ge=0, le=1)]
+    payload: Json = {}
+
+
+class TextDelta(Event, frozen=True, kw_only=True, tag="text_delta"):
+    text: str
+
+
+class TextCompleted(Event, frozen=True, kw_only=True, tag="text_completed"):
+    text: str
+    usage: Usage | None = None
+    duration_ms: Count = 0
+
+
+class ToolCalled(Event, frozen=True, kw_only=True, tag="tool_called"):
+    tool: str
+    call: str = ""
+    params: Json = {}
+    payload: Json = {}
+
+
+class ToolReturned(Event, frozen=True, kw_only=True, tag="tool_returned"):
+    tool: str
+    call: str = ""
+    success: bool = True
+    output: Any = None
+    duration_ms: Count = 0
+    payload: Json = {}
+
+
+class AgentStarted(Event, frozen=True, kw_only=True, tag="agent_started"):
+    payload: Json = {}
+
+
+class AgentCompleted(Event, frozen=True, kw_only=True, tag="agent_completed"):
+    payload: Json = {}
+
+
+class Thinking(Event, frozen=True, kw_only=True, tag="thinking"):
+    payload: Json = {}
+
+
+class ApprovalRequested(Event, frozen=True, kw_only=True, tag="approval_requested"):
+    approval: str
+    payload: Json = {}
+
+
+class ApprovalDecided(Event, frozen=True, kw_only=True, tag="approval_decided"):
+    approval: str
+    approved: bool
+    payload: Json = {}
+
+
+class PlanUpdated(Event, frozen=True, kw_only=True, tag="plan_updated"):
+    payload: Json = {}
+
+
+class Noted(Event, frozen=True, kw_only=True, tag="noted"):
+    """Any other upper-case type that a worker names."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
+    payload: Json = {}
+
+
+Lifecycle = (
+    Submitted
+    | Continued
+    | Started
+    | PauseAsked
+    | Paused
+    | Resumed
+    | Requeued
+    | LeaseLost
+    | Completed
+    | Failed
+    | Errored
+    | Cancelled
+    | TimedOut
+    | Restated
+    | Deleted
+)
+Activity = (
+    Progressed
+    | TextDelta
+    | TextCompleted
+    | ToolCalled
+    | ToolReturned
+    | AgentStarted
+    | AgentCompleted
+    | Thinking
+    | ApprovalRequested
+    | ApprovalDecided
+    | PlanUpdated
+    | Noted
+)
+AnyEvent = Lifecycle | Activity
+
+_encoder = msgspec.json.Encoder()
+_decoder = msgspec.json.Decoder(AnyEvent)
+
+
+def tag(event: Event | type[Event]) -> str:
+    name = (event if isinstance(event, type) else type(event)).__struct_config__.tag
+    assert isinstance(name, str), "every event type names its tag"
+    return name
+
+
+def encode(event: AnyEvent) -> bytes:
+    """Checked in full, whoever made the event. Raises Invalid, or TooLarge beyond `EVENT_BYTES_MAX`."""
+    try:
+        raw = _encoder.encode(event)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Invalid(f"The event cannot be written as JSON: {error}") from error
+    if len(raw) > EVENT_BYTES_MAX:
+        raise TooLarge(f"The event has {len(raw)} bytes; at most {EVENT_BYTES_MAX} are allowed.")
+    decode(raw)  # msgspec checks bounds and patterns only when it decodes
+    return raw
+
+
+def decode(raw: bytes) -> AnyEvent:
+    try:
+        return _decoder.decode(raw)
+    except msgspec.DecodeError as error:
+        raise Invalid(f"Not an event: {error}") from error
+
+
+class Entry(Struct, frozen=True, kw_only=True):
+    """An event at its place in the log."""
+
+    id: str
+    """`ms-n`: the Redis stream id, the same in the partition log and in the task's own stream."""
+    task: str
+    seq: int
+    """1, 2, 3 … per task, without a hole."""
+    at: int
+    """µs since 1970, by the store's clock, never smaller than the id's milliseconds."""
+    fence: int
+    attempt: int
+    n: int
+    """The worker's producer number; 0 when no worker said it."""
+    event: AnyEvent
+    size: int
+    """Bytes of the encoded event."""

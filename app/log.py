@@ -1,0 +1,327 @@
+"""The log: append, read, tail. One partition log per partition, one stream per task; both hold the same entries.
+
+The partition's log allocates the id, so that ids of different tasks compare; the task's stream keeps the history.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from app import events, keys
+from app.connect import BLOCK_SECONDS, Door
+from app.errors import Conflict, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
+from app.events import AnyEvent, Entry, Submission
+from app.settings import Settings
+from app.task import Status, rows
+
+PAGE_ENTRIES = 500
+"""Of history, per read; at most 500 × 256 KiB are held for one reader."""
+
+
+class Partitions:
+    """Where tasks live: the tags chosen when this store was made, and the secret behind idempotency keys."""
+
+    def __init__(self, fields: Mapping[str, str]) -> None:
+        self.tags = fields["tags"].split()
+        self.epoch = fields["epoch"]
+        """Made with the data: a reader that sees another one has another store before it."""
+        self.secret = fields["secret"].encode()
+
+    def tag(self, org: str, task: str) -> str:
+        return self.tags[keys.partition(org, task, len(self.tags))]
+
+    def home(self, org: str, kind: str, name: str) -> str:
+        return self.tags[keys.home(org, kind, name, len(self.tags))]
+
+
+async def open_partitions(door: Door, wanted: int) -> Partitions:
+    """Reads, or in an empty store makes, what is fixed for its life. `wanted` 0: whatever is there, else 1.
+
+    Raises Misconfigured for another data format, another number of partitions, or an evicting server.
+    """
+    found = (await door.read("INFO", "memory"))["maxmemory_policy"]
+    if found != "noeviction":
+        raise Misconfigured(
+            f"The store's maxmemory-policy is {found}: it may drop tasks. Set it to noeviction and start again."
+        )
+    count = wanted or 1
+    fresh = {
+        "format": keys.FORMAT,
+        "partitions": str(count),
+        "tags": " ".join(keys.tags(count)),
+        "epoch": secrets.token_hex(8),
+        "secret": secrets.token_hex(32),
+    }
+    raw = await door.run("deploy", [keys.DEPLOYMENT], [word for pair in fresh.items() for word in pair], repeat=True)
+    fields = _text_of(raw)
+    if fields.get("format") != keys.FORMAT:
+        raise Misconfigured(
+            f"The store's data has format {fields.get('format')}; this version of Taskcast reads format {keys.FORMAT}."
+        )
+    if wanted and fields["partitions"] != str(wanted):
+        raise Misconfigured(
+            f"The store has {fields['partitions']} partitions, not {wanted}; their number is fixed when it is made."
+        )
+    return Partitions(fields)
+
+
+def _text_of(raw: Any) -> dict[str, str]:
+    """A flat field-value answer, or a mapping, as text."""
+    pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
+    return {_str(name): _str(value) for name, value in pairs}
+
+
+def _str(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode()
+
+
+def limits(settings: Settings) -> str:
+    """As the scripts take them; the log is cut in 64 shares."""
+    return f"{settings.events_per_mark} {settings.bytes_per_mark} {settings.log_entries} {settings.log_bytes // 64}"
+
+
+class Appended(Struct, frozen=True):
+    """Where an event stands, or where the same one already stood (`duplicate`)."""
+
+    seq: int
+    id: str
+    at: int
+    status: Status
+    attempt: int
+    duplicate: bool = False
+    cached: bool = False
+    """An idempotency key met its earlier task."""
+
+
+class Log:
+    def __init__(self, door: Door, partitions: Partitions, settings: Settings) -> None:
+        self.door = door
+        self.partitions = partitions
+        self._limits = limits(settings)
+
+    def _place(self, org: str, task: str) -> tuple[str, list[str]]:
+        tag = self.partitions.tag(org, task)
+        return keys.key(tag, "task", org, task), [keys.prefix(tag), self._limits]
+
+    async def submit(self, task: Submission, *, actor: str = "") -> Appended:
+        """Creates the task. Repeatable: the same `submission` is a duplicate.
+
+        Raises Conflict when the id is taken, or when its idempotency key came with another body.
+        """
+        event = events.Submitted(actor=actor, message="Task submitted.", task=task)
+        place, head = self._place(task.org, task.id)
+        args = [*head, task.org, task.id, events.encode(event), rows(event), task.submission, task.body_hash]
+        answer = await self.door.run("submit", [place], args, repeat=True)
+        code = answer[0].decode()
+        if code == "mismatch":
+            raise Conflict("This idempotency key was used with another request body.")
+        if code == "exists":
+            raise Conflict(f"A task with the id {task.id} exists.", answer[4].decode())
+        return _appended(answer, duplicate=code == "duplicate", cached=code == "cached")
+
+    async def append(
+        self,
+        org: str,
+        task: str,
+        event: AnyEvent,
+        *,
+        fence: int | None = None,
+        n: int | None = None,
+        operation: str = "",
+        lease: bytes = b"",
+    ) -> Appended:
+        """Appends one event, and its effect on the snapshot, in one step.
+
+        A worker gives its fence, and n = 1, 2, 3 … per attempt; a control call gives a random `operation`: both make
+        a repeat harmless. `lease`: only if the task's lease still has this score.
+        Raises NotFound, Conflict, Stale, OutOfOrder, TooLarge, Unavailable, Full.
+        """
+        place, head = self._place(org, task)
+        args = [*head, org, task, events.tag(event), events.encode(event), rows(event)]
+        args += ["" if fence is None else fence, "" if n is None else n, operation, lease]
+        repeat = bool(operation) or (fence is not None and n is not None) or bool(lease)
+        answer = await self.door.run("append", [place], args, repeat=repeat)
+        code = answer[0].decode()
+        if code not in {"ok", "duplicate"}:
+            raise refusal(code, event, answer[4].decode())
+        return _appended(answer, duplicate=code == "duplicate")
+
+    async def delete(self, org: str, task: str, *, actor: str = "") -> Appended:
+        """Removes the task and everything of it. Raises NotFound."""
+        event = events.Deleted(actor=actor)
+        place, head = self._place(org, task)
+        answer = await self.door.run("delete", [place], [*head, org, task, events.encode(event), rows(event)])
+        if answer[0] != b"ok":
+            raise refusal(answer[0].decode(), event, "")
+        return _appended(answer)
+
+    async def read(
+        self, org: str, task: str, after: str, *, limit: int = PAGE_ENTRIES, check: bool = False
+    ) -> "Page | None":
+        """Entries after a cursor: an id, `seq:N`, or empty for the start. None: no such task.
+
+        `check` says that the cursor comes from outside, so that an id nobody gave is a gap, `unknown`.
+        """
+        tag = self.partitions.tag(org, task)
+        names = [keys.key(tag, kind, org, task) for kind in ("events", "task", "base")]
+        args = [keys.prefix(tag), self._limits, after, limit, "1" if check else ""]
+        raw = await self.door.run("read", [*names, keys.key(tag, "log")], args, repeat=True, slow=True)
+        if not raw:
+            return None
+        return Page(
+            status=Status(raw[0].decode()),
+            last_seq=int(raw[1]),
+            last_id=raw[2].decode(),
+            base_seq=int(raw[3]),
+            gap=raw[5].decode(),
+            entries=[entry(task, id_, fields) for id_, fields in raw[6]],
+        )
+
+    async def end(self, tag: str) -> tuple[str, int]:
+        """The last id of a partition's log and its counter; `0-0` and 0 when it is empty."""
+        last = await self.door.read("XREVRANGE", keys.key(tag, "log"), "+", "-", "COUNT", 1)
+        if not last:
+            return "0-0", 0
+        id_, fields = _pair(last[0])
+        return id_, int(fields[b"n"])
+
+    async def tail(self, redis: Any, tag: str, after: str) -> "list[Logged]":
+        """What a partition's log got after `after`, a concrete id: `$` would mean another place each time.
+
+        Waits up to BLOCK_SECONDS on the given connection.
+        """
+        name = keys.key(tag, "log")
+        block = int(BLOCK_SECONDS * 1000)
+        raw = await redis.execute_command("XREAD", "COUNT", 500, "BLOCK", block, "STREAMS", name, after)
+        if not raw:
+            return []
+        streams = raw.values() if isinstance(raw, dict) else [stream[1] for stream in raw]
+        return [logged(*_pair(item)) for stream in streams for item in stream]
+
+
+class Page(Struct, frozen=True, kw_only=True):
+    """A piece of a task's history, and the bounds it was read with."""
+
+    status: Status
+    last_seq: int
+    last_id: str
+    base_seq: int
+    """Entries up to this one are trimmed; 0: none is."""
+    gap: str
+    """`trimmed`, `ahead`, `unknown`; empty: `entries` follow the cursor without a hole."""
+    entries: list[Entry]
+
+
+class Logged(Struct, frozen=True, kw_only=True):
+    """An entry of a partition's log: the header tells who may want it, before anybody parses the event."""
+
+    number: int
+    """The partition's dense counter."""
+    org: str
+    owner: str
+    user: str
+    agent: str
+    session: str
+    before: Status
+    after: Status
+    entry: Entry
+
+
+def _pair(item: Any) -> tuple[str, dict[bytes, bytes]]:
+    id_, fields = item
+    if not isinstance(fields, dict):
+        fields = dict(zip(fields[::2], fields[1::2], strict=True))
+    return id_.decode(), fields
+
+
+def entry(task: str, id_: bytes, raw: Sequence[bytes]) -> Entry:
+    """An entry of a task's own stream."""
+    fields = dict(zip(raw[::2], raw[1::2], strict=True))
+    return _entry(task, id_.decode(), int(fields[b"at"]), fields)
+
+
+def logged(id_: str, fields: dict[bytes, bytes]) -> Logged:
+    seconds, micros = fields[b"us"].split()
+    at = max(int(seconds) * 1_000_000 + int(micros), int(id_.partition("-")[0]) * 1000)
+    return Logged(
+        number=int(fields[b"n"]),
+        org=fields[b"org"].decode(),
+        owner=fields[b"owner"].decode(),
+        user=fields[b"user"].decode(),
+        agent=fields[b"agent"].decode(),
+        session=fields[b"session"].decode(),
+        before=Status(fields[b"before"].decode()),
+        after=Status(fields[b"after"].decode()),
+        entry=_entry(fields[b"task"].decode(), id_, at, fields),
+    )
+
+
+def _entry(task: str, id_: str, at: int, fields: Mapping[bytes, bytes]) -> Entry:
+    raw = fields[b"event"]
+    return Entry(
+        id=id_,
+        task=task,
+        seq=int(fields[b"seq"]),
+        at=at,
+        fence=int(fields[b"fence"]),
+        attempt=int(fields[b"attempt"]),
+        n=int(fields[b"worker-n"] or 0),
+        event=events.decode(raw),
+        size=len(raw),
+    )
+
+
+def _appended(answer: Sequence[bytes], *, duplicate: bool = False, cached: bool = False) -> Appended:
+    return Appended(
+        seq=int(answer[1]),
+        id=answer[2].decode(),
+        at=int(answer[3]),
+        status=Status(answer[4].decode()),
+        attempt=int(answer[5]),
+        duplicate=duplicate,
+        cached=cached,
+    )
+
+
+def refusal(code: str, event: AnyEvent, status: str) -> TaskcastError:
+    """The script's word for why not, as the error that callers know."""
+    name = events.tag(event).replace("_", " ")
+    match code:
+        case "not_found":
+            return NotFound("Task not found")
+        case "stale":
+            return Stale("This attempt is over: the task was taken from this worker.", status)
+        case "out_of_order":
+            return OutOfOrder("An earlier event of this attempt is missing.", status)
+        case "text_full":
+            return TooLarge(f"The task's text would exceed {events.TEXT_BYTES_MAX} bytes.")
+        case _:
+            return Conflict(f"A task that is {status.replace('_', ' ')} cannot be {name}.", status)
+
+
+def task_id_of(secret: bytes, *parts: str) -> str:
+    """26 characters from an idempotency key, unguessable without the deployment's secret."""
+    digest = hashlib.blake2b("\0".join(parts).encode(), key=secret, digest_size=16).digest()
+    return base32(int.from_bytes(digest, "big"))
+
+
+_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+"""Crockford's: without I, L, O and U, as in the seed's ids."""
+
+
+def base32(number: int) -> str:
+    """128 bits as 26 characters."""
+    return "".join(_ALPHABET[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def random_id() -> str:
+    return base32(secrets.randbits(128))
+
+
+def canonical_hash(body: Any) -> str:
+    """Of a JSON body, independent of the order of its keys."""
+    return hashlib.sha256(msgspec.json.encode(body, order="sorted")).hexdigest()

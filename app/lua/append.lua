@@ -1,0 +1,37 @@
+-- One event of an existing task. KEYS[1] its snapshot.
+-- ARGV: org, id, type, event, rows, fence and producer number ('' when no worker speaks), operation ('' or a name
+-- under which the outcome is kept 24 h), expected lease score ('' or the score that the caller saw).
+-- Answers ok · duplicate · not_found · stale · out_of_order · conflict · text_full, then where the task stands.
+local org, id, fence, n, operation, lease = ARGV[3], ARGV[4], ARGV[8], ARGV[9], ARGV[10], ARGV[11]
+local fields = load(org, id)
+if not fields then return { 'not_found', '0', '', '0', '', '0' } end
+local function refuse(code)
+  return { code, fields.last_seq, fields.last_event_id, '0', fields.status, fields.attempt }
+end
+local outcome = key('outcome', org .. ':' .. id .. ':' .. operation)
+if operation ~= '' then
+  local known = redis.call('GET', outcome)
+  if known then
+    local reply = cjson.decode(known)
+    reply[1] = 'duplicate'
+    return reply
+  end
+end
+if fence ~= '' then
+  if fence ~= fields.fence then return refuse('stale') end
+  if n ~= '' then
+    local last = tonumber(fields.n or '0')
+    if tonumber(n) <= last then return refuse('duplicate') end
+    if tonumber(n) > last + 1 then return refuse('out_of_order') end
+  end
+end
+if lease ~= '' and redis.call('ZSCORE', key('leases'), org .. '/' .. id) ~= lease then return refuse('stale') end
+local change = row(ARGV[7], fields.status)
+if not change then return refuse('conflict') end
+local plan = { org = org, id = id, fields = fields, change = change, type = ARGV[5], event = ARGV[6], n = n }
+local problem = prepare(plan)
+if problem then return refuse(problem) end
+write(plan)
+local reply = done(plan)
+if operation ~= '' then redis.call('SET', outcome, cjson.encode(reply), 'EX', 86400) end
+return reply

@@ -1,0 +1,36 @@
+-- Removes a task: appends `deleted` to the partition's log, then removes everything of it. KEYS[1] its snapshot.
+-- ARGV: org, id, event, rows. Answers as append.lua. A tombstone keeps seq and fence 24 h for a reused id.
+local org, id = ARGV[3], ARGV[4]
+local fields = load(org, id)
+if not fields then return { 'not_found', '0', '', '0', '', '0' } end
+local plan = {
+  org = org, id = id, fields = fields, change = row(ARGV[6], fields.status), type = 'deleted', event = ARGV[5], n = '',
+}
+prepare(plan)
+local spent = redis.call('HMGET', plan.task, 'input_tokens', 'output_tokens', 'cost_nano')
+local grave = key('tombstone', org .. ':' .. id)
+touch('hash', grave)
+
+plan.entry_id, plan.at = log_entry(plan, fields.status, 'gone')
+redis.call('DEL', plan.task, plan.events, plan.text, plan.next, plan.next_text, plan.base, plan.base_text)
+redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence)
+redis.call('EXPIRE', grave, 86400)
+for _, name in ipairs(task_indexes_of(fields, org)) do redis.call('ZREM', name, id) end
+for _, name in ipairs(status_indexes_of(fields, org, fields.status)) do redis.call('ZREM', name, id) end
+if fields.internal_status then redis.call('ZREM', internal_index_of(org, fields.internal_status), id) end
+redis.call('ZREM', key('ready', fields.queue), plan.member)
+redis.call('ZREM', key('leases'), plan.member)
+redis.call('ZREM', key('due'), plan.member)
+if fields.session then
+  local owner = fields.owner or ''
+  local totals = key('totals', org .. ':' .. owner .. ':' .. fields.session)
+  if redis.call('EXISTS', key('index', org .. ':session:' .. owner .. ':' .. fields.session)) == 0 then
+    redis.call('DEL', totals)
+    redis.call('ZREM', key('sessions', org .. ':' .. owner), fields.session)
+  else
+    for i, name in ipairs({ 'input_tokens', 'output_tokens', 'cost_nano' }) do
+      if spent[i] then redis.call('HINCRBY', totals, name, '-' .. spent[i]) end
+    end
+  end
+end
+return done(plan)

@@ -1,0 +1,3 @@
+-- What is fixed for a store's life, written once. KEYS[1] the deployment. ARGV: field, value …
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HSET', KEYS[1], unpack(ARGV)) end
+return redis.call('HGETALL', KEYS[1])

@@ -1,0 +1,135 @@
+"""Queues: who works on what. Claims tasks, keeps their leases, and finds what is due.
+
+A claim pops, starts and leases in one step, so that a task is never between the queue and a worker. The ticker
+(`Queues.tick`) runs in every process: whoever sees an expired lease or a passed deadline first appends the
+consequence, and the guards of that append make all others' attempts harmless.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+
+import structlog
+from msgspec import Struct
+
+from app import events, keys
+from app.connect import Door, in_our_words
+from app.errors import Conflict, NotFound
+from app.log import Log, Partitions, limits
+from app.settings import Settings
+from app.task import rows
+
+logger = structlog.get_logger()
+
+DUE_MAX = 200
+"""Expired leases and passed deadlines that one tick takes from a partition."""
+
+
+SWEEP_SECONDS = 1.0
+"""An idle worker looks again after this time: a delayed task makes no wake-up call."""
+
+
+class Claimed(Struct, frozen=True):
+    org: str
+    task: str
+    fence: int
+
+
+class Queues:
+    def __init__(self, door: Door, partitions: Partitions, settings: Settings, log: Log) -> None:
+        self.door = door
+        self.partitions = partitions
+        self.log = log
+        self._limits = limits(settings)
+        self.lease_ms = round(settings.lease_seconds * 1000)
+        self._turn = 0
+
+    async def claim(self, queues: Sequence[str], worker: str, free: int) -> list[Claimed]:
+        """At most `free` ready tasks, each started and leased to this worker."""
+        claimed: list[Claimed] = []
+        event = events.Started(actor=f"worker:{worker}", message="Task started.", worker=worker)
+        # Each call begins at another partition, so that none starves.
+        tags = self.partitions.tags
+        self._turn = (self._turn + 1) % len(tags)
+        for tag in tags[self._turn :] + tags[: self._turn]:
+            if len(claimed) == free:
+                break
+            args = [keys.prefix(tag), self._limits, secrets.token_hex(16), free - len(claimed), self.lease_ms]
+            args += [events.encode(event), rows(event), *queues]
+            raw = await self.door.run("claim", [keys.key(tag, "leases")], args, repeat=True)
+            claimed += [Claimed(org.decode(), task.decode(), int(fence)) for org, task, fence in raw]
+        return claimed
+
+    async def renew(self, held: Sequence[Claimed]) -> dict[Claimed, str]:
+        """Each lease's task → its status; empty: the lease is lost and its handler must stop."""
+        answer: dict[Claimed, str] = {}
+        by_tag: dict[str, list[Claimed]] = {}
+        for one in held:
+            by_tag.setdefault(self.partitions.tag(one.org, one.task), []).append(one)
+        for tag, leases in by_tag.items():
+            args = [keys.prefix(tag), self._limits, self.lease_ms]
+            args += [word for one in leases for word in (one.org, one.task, one.fence)]
+            raw = await self.door.run("renew", [keys.key(tag, "leases")], args, repeat=True)
+            answer |= {one: status.decode() for one, status in zip(leases, raw, strict=True)}
+        return answer
+
+    @asynccontextmanager
+    async def waiting(self, queues: Sequence[str]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+        """Gives a function that returns when a task may be ready in one of these queues, or after SWEEP_SECONDS."""
+        async with AsyncExitStack() as stack:
+            waits = []
+            for tag in self.partitions.tags:
+                redis = await stack.enter_async_context(self.door.blocking())
+                names = [keys.key(tag, "wake", queue) for queue in queues]
+                waits.append(partial(redis.execute_command, "BLPOP", *names, SWEEP_SECONDS))
+
+            async def wait() -> None:
+                tasks = [asyncio.ensure_future(one()) for one in waits]
+                try:
+                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    for task in tasks:
+                        task.cancel()
+                    await asyncio.gather(*tasks, return_exceptions=True)
+                for task in done:
+                    if error := task.exception():
+                        raise in_our_words(error) from error
+
+            yield wait
+
+    async def tick(self) -> int:
+        """Appends what is due in all partitions; returns how many events that made."""
+        count = 0
+        for tag in self.partitions.tags:
+            sets = [keys.key(tag, "leases"), keys.key(tag, "due")]
+            for what, member, score, fence, attempt, max_attempts in await self.door.run(
+                "due", sets, [keys.prefix(tag), self._limits, DUE_MAX], repeat=True
+            ):
+                ((org, task),) = keys.of_members([member])
+                event: events.AnyEvent = events.TimedOut(actor="taskcast", message="The task exceeded its deadline.")
+                lease, expected = b"", None
+                if what == b"lease":
+                    lease, expected = score, int(fence)
+                    event = lost(int(attempt), int(max_attempts))
+                # Somebody else's tick, a renewal or the task's own end came first: then this one is not due.
+                with suppress(Conflict, NotFound):
+                    await self.log.append(org, task, event, fence=expected, lease=lease)
+                    logger.info("task.due", task_id=task, org=org, consequence=events.tag(event))
+                    count += 1
+        return count
+
+
+def lost(attempt: int, max_attempts: int) -> events.LeaseLost | events.Errored:
+    """What follows when a worker falls silent."""
+    if attempt < max_attempts:
+        return events.LeaseLost(actor="taskcast", message=f"Attempt {attempt} lost its worker; the task is queued again.")
+    times = "once" if attempt == 1 else f"{attempt} times"
+    return events.Errored(
+        actor="taskcast",
+        message="The task lost its worker too often.",
+        error=f"The worker stopped answering ({times}).",
+    )
+
+

@@ -1,0 +1,390 @@
+"""Snapshots: what is true now. Reads one, lists many, proves them against the log, and makes them again from it.
+
+Everything here except `rebuild` only reads: the scripts that append write the snapshots.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from app import keys
+from app.connect import Door
+from app.errors import TaskcastError
+from app.log import Partitions, entry, limits
+from app.settings import Settings
+from app.task import EMPTY, LEASED, OPEN, QUEUED, TERMINAL, Snapshot, Status, Task, apply, task
+
+WALK_MAX = 10_000
+"""Steps of a filtered walk, and depth of a merged list; beyond, the total is marked as capped."""
+
+_LARGE = frozenset({"context", "extra", "result", "checkpoint"})
+LISTED = tuple(name for name in Task.__struct_fields__ if name not in _LARGE)
+"""What a list reads of each task: everything but what may be large."""
+
+
+class Listed(Struct, frozen=True):
+    tasks: list[Task]
+    total: int
+    capped: bool
+    """The walk ended before the list did: `total` counts what it saw."""
+
+
+class Difference(Struct, frozen=True):
+    """Where a store disagrees with its own log."""
+
+    task: str
+    what: str
+
+
+class Session(Struct, frozen=True, kw_only=True):
+    """A session's totals: sums over its tasks, merged over the partitions. Times in µs."""
+
+    id: str
+    created_at: int
+    tasks: int
+    completed: int
+    failed: int
+    input_tokens: int
+    output_tokens: int
+    cost_nano: int
+    title: str = ""
+    first: Task | None = None
+    latest: Task | None = None
+
+
+class Snapshots:
+    def __init__(self, door: Door, partitions: Partitions, settings: Settings) -> None:
+        self.door = door
+        self.partitions = partitions
+        self._limits = limits(settings)
+
+    async def get(self, org: str, id_: str) -> Task | None:
+        tag = self.partitions.tag(org, id_)
+        raw = await self.door.call("HGETALL", keys.key(tag, "task", org, id_), repeat=True)
+        return task(_fields(raw)) if raw else None
+
+    async def snapshot(self, org: str, id_: str, *, base: bool = False) -> Snapshot | None:
+        """Snapshot and text in one step; `base`: those at the trimmed end of the task's stream."""
+        tag = self.partitions.tag(org, id_)
+        kinds = ("base", "base-text") if base else ("task", "text")
+        names = [keys.key(tag, kind, org, id_) for kind in kinds]
+        raw = await self.door.run("snapshot", names, [], repeat=True, slow=True)
+        return Snapshot(fields=_fields(raw[0]), text=raw[1]) if raw[0] else None
+
+    async def counts(self, org: str, *indexes: tuple[str, ...]) -> list[int]:
+        """How many tasks stand in each index."""
+        totals = [0] * len(indexes)
+        for tag in self.partitions.tags:
+            for i, what in enumerate(indexes):
+                totals[i] += await self.door.read("ZCARD", keys.index(tag, org, *what))
+        return totals
+
+    # Sessions: every task with that session id of that owner.
+
+    async def sessions(self, org: str, owner: str, *, offset: int, limit: int) -> tuple[list[Session], int]:
+        """An owner's sessions, newest first, and how many there are."""
+        first_seen: dict[str, int] = {}
+        for tag in self.partitions.tags:
+            name = keys.key(tag, "sessions", org, owner)
+            if len(self.partitions.tags) == 1:
+                total = await self.door.read("ZCARD", name)
+                raw = await self.door.read("ZREVRANGE", name, offset, offset + limit - 1)
+                return [await self._session(org, owner, id_.decode()) for id_ in raw], total
+            for id_, score in _scores(await self.door.read("ZREVRANGE", name, 0, -1, "WITHSCORES")):
+                first_seen[id_] = min(score, first_seen.get(id_, score))
+        ordered = sorted(first_seen, key=lambda id_: (first_seen[id_], id_), reverse=True)
+        return [await self._session(org, owner, id_) for id_ in ordered[offset : offset + limit]], len(ordered)
+
+    async def session(self, org: str, owner: str, id_: str) -> Session | None:
+        """None: it never had a task, or it was deleted and has had none since."""
+        for tag in self.partitions.tags:
+            if await self.door.read("ZSCORE", keys.key(tag, "sessions", org, owner), id_) is not None:
+                return await self._session(org, owner, id_)
+        return None
+
+    async def _session(self, org: str, owner: str, id_: str) -> Session:
+        created: list[int] = []
+        sums = {"input_tokens": 0, "output_tokens": 0, "cost_nano": 0}
+        first = latest = None
+        scope = f"{owner}:{id_}"
+        for tag in self.partitions.tags:
+            seen = await self.door.read("ZSCORE", keys.key(tag, "sessions", org, owner), id_)
+            if seen is not None:
+                created.append(int(seen))
+            raw = _fields(await self.door.read("HGETALL", keys.key(tag, "totals", org, owner, id_)))
+            for name in sums:
+                sums[name] += int(raw.get(name, "0"))
+            index = keys.index(tag, org, "session", scope)
+            for place in (0, -1):
+                for member in await self.door.read("ZRANGE", index, place, place):
+                    found = await self.get(org, member.decode())
+                    if place == 0 and found and (first is None or found.created_at < first.created_at):
+                        first = found
+                    if place == -1 and found and (latest is None or found.created_at > latest.created_at):
+                        latest = found
+        ended = [("status", status.value, "session", scope) for status in sorted(TERMINAL)]
+        tasks, *by_status = await self.counts(org, ("session", scope), *ended)
+        completed = by_status[sorted(TERMINAL).index(Status.COMPLETED)]
+        title = await self.door.read("HGET", self._session_home(org, owner, id_), "title")
+        return Session(
+            id=id_,
+            created_at=min(created, default=0),
+            tasks=tasks,
+            completed=completed,
+            failed=sum(by_status) - completed,
+            title=title.decode() if title else "",
+            first=first,
+            latest=latest,
+            **sums,
+        )
+
+    def _session_home(self, org: str, owner: str, id_: str) -> str:
+        return keys.key(self.partitions.home(org, "session", f"{owner}:{id_}"), "session", org, owner, id_)
+
+    async def retitle_session(self, org: str, owner: str, id_: str, title: str) -> None:
+        await self.door.call("HSET", self._session_home(org, owner, id_), "title", title, repeat=True)
+
+    async def delete_session(self, org: str, owner: str, id_: str) -> None:
+        """Forgets the session, not its tasks; a later task of the same session id begins it again."""
+        home = self._session_home(org, owner, id_)
+        seconds, micros = await self.door.read("TIME")
+        await self.door.call("HSET", home, "deleted_at", int(seconds) * 1_000_000 + int(micros), repeat=True)
+        await self.door.call("HDEL", home, "title", repeat=True)
+        for tag in self.partitions.tags:
+            await self.door.call("ZREM", keys.key(tag, "sessions", org, owner), id_, repeat=True)
+
+    async def session_deleted_at(self, org: str, owner: str, id_: str) -> int:
+        """µs; 0: never."""
+        return int(await self.door.read("HGET", self._session_home(org, owner, id_), "deleted_at") or 0)
+
+    # Proof. Only these two scan.
+
+    async def verify(self) -> AsyncIterator[Difference]:
+        """Every way in which snapshots, indexes and sets differ from the fold of the log."""
+        for tag in self.partitions.tags:
+            expected = Expected()
+            async for org, id_ in self._tasks(tag):
+                try:
+                    folded = await self._fold(tag, org, id_)
+                except TaskcastError as error:
+                    yield Difference(id_, f"its events cannot be folded: {error}")
+                    continue
+                stored = await self.snapshot(org, id_)
+                if folded is None:
+                    yield Difference(id_, "its events have a hole")
+                    continue
+                if stored is None or stored.fields != folded.fields:
+                    have = stored.fields if stored else {}
+                    names = sorted(k for k in {*have, *folded.fields} if have.get(k) != folded.fields.get(k))
+                    yield Difference(id_, f"its snapshot differs from its events in {', '.join(names)}")
+                elif stored.text != folded.text:
+                    yield Difference(id_, "its text differs from its events")
+                expected.add(tag, org, folded, await self._forgotten(org, folded))
+            async for difference in self._verify_sets(tag, expected):
+                yield difference
+
+    async def _verify_sets(self, tag: str, expected: "Expected") -> AsyncIterator[Difference]:
+        async for name in self._scan(f"{keys.prefix(tag)}index:*"):
+            expected.sets.setdefault(name, {})
+        for name, members in expected.sets.items():
+            stored = dict(_scores(await self.door.read("ZRANGE", name, 0, -1, "WITHSCORES")))
+            for id_ in sorted(stored.keys() ^ members.keys()):
+                yield Difference(id_, f"{name} {'holds it wrongly' if id_ in stored else 'lacks it'}")
+        for name, (kind, members) in expected.queues(tag).items():
+            stored = dict(_scores(await self.door.read("ZRANGE", name, 0, -1, "WITHSCORES")))
+            for member in sorted(stored.keys() ^ members.keys()):
+                yield Difference(member, f"the {kind} set {'holds it wrongly' if member in stored else 'lacks it'}")
+        for name, sums in expected.totals.items():
+            stored_sums = _fields(await self.door.read("HGETALL", name))
+            if {k: v for k, v in stored_sums.items() if v != "0"} != {k: str(v) for k, v in sums.items() if v}:
+                yield Difference(name, "a session's totals differ from its tasks")
+
+    async def rebuild(self) -> int:
+        """Writes snapshots, text, indexes, queues and deadlines again, from the tasks' streams alone.
+
+        Run it while nobody else uses the store. Running tasks get a lease that has already ended, so that the
+        ticker requeues them. Returns the number of tasks.
+        """
+        count = 0
+        for tag in self.partitions.tags:
+            expected = Expected()
+            tasks = [pair async for pair in self._tasks(tag)]
+            for pattern in ("index:*", "sessions:*", "totals:*", "ready:*", "leases", "due"):
+                async for name in self._scan(keys.prefix(tag) + pattern):
+                    await self.door.call("DEL", name)
+            for org, id_ in tasks:
+                folded = await self._fold(tag, org, id_)
+                if folded is None:
+                    raise TaskcastError(f"The events of task {id_} have a hole; nothing of it was rebuilt.")
+                await self._write(keys.key(tag, "task", org, id_), "HSET", _flat(folded.fields))
+                text = keys.key(tag, "text", org, id_)
+                await self.door.call("DEL", text)
+                if folded.text:
+                    await self.door.call("SET", text, folded.text)
+                expected.add(tag, org, folded, await self._forgotten(org, folded))
+                count += 1
+            for name, members in expected.sets.items():
+                await self._write(name, "ZADD", [word for id_, score in members.items() for word in (score, id_)])
+            for name, (_, scores) in expected.queues(tag).items():
+                words = [word for member, score in scores.items() for word in (score, member)]
+                await self._write(name, "ZADD", words)
+            for name, sums in expected.totals.items():
+                await self._write(name, "HSET", _flat({k: str(v) for k, v in sums.items() if v}))
+        return count
+
+    async def _forgotten(self, org: str, folded: Snapshot) -> int:
+        session = folded.fields.get("session")
+        return await self.session_deleted_at(org, folded.fields.get("owner", ""), session) if session else 0
+
+    async def _write(self, name: str, command: str, words: list[Any]) -> None:
+        await self.door.call("DEL", name)
+        for i in range(0, len(words), 2000):
+            await self.door.call(command, name, *words[i : i + 2000])
+
+    async def _fold(self, tag: str, org: str, id_: str) -> Snapshot | None:
+        """The fold of the task's stream over its base; None when a sequence number is missing."""
+        base = await self.snapshot(org, id_, base=True)
+        snapshot = base or EMPTY
+        seq = int(snapshot.fields.get("last_seq", "0"))
+        after = "-"
+        while raw := await self.door.read("XRANGE", keys.key(tag, "events", org, id_), after, "+", "COUNT", 500):
+            for raw_id, fields in raw:
+                found = entry(id_, raw_id, _flat_bytes(fields))
+                # A reused id goes on from its tombstone: its first event need not be number 1.
+                if found.seq != seq + 1 and seq:
+                    return None
+                snapshot, seq = apply(snapshot, found), found.seq
+                after = f"({found.id}"
+        return snapshot
+
+    async def _tasks(self, tag: str) -> AsyncIterator[tuple[str, str]]:
+        start = f"{keys.prefix(tag)}events:"
+        async for name in self._scan(f"{start}*"):
+            org, _, id_ = name.removeprefix(start).partition(":")
+            yield org, id_
+
+    async def _scan(self, pattern: str) -> AsyncIterator[str]:
+        cursor = 0
+        seen: set[bytes] = set()
+        while True:
+            cursor, names = await self.door.read("SCAN", cursor, "MATCH", pattern.replace("[", "\\["), "COUNT", 1000)
+            for name in names:
+                if name not in seen:
+                    seen.add(name)
+                    yield name.decode()
+            if int(cursor) == 0:
+                return
+
+    # Last, for its name hides the built-in type from annotations.
+
+    async def list(
+        self,
+        org: str,
+        sources: Iterable[tuple[str, ...]],
+        *,
+        where: Mapping[str, Iterable[str]] | None = None,
+        offset: int = 0,
+        limit: int = 20,
+        fields: tuple[str, ...] = LISTED,
+    ) -> Listed:
+        """A page, newest first. `sources` name disjoint indexes whose union is listed: `()`, `("owner", u)`,
+        `("status", "queued", "owner", u)`; `where` filters by fields (absent counts as empty) in a bounded walk.
+        """
+        names = [*sources]
+        tags = self.partitions.tags
+        # One partition pages by itself; of several each answers with all that may stand on the page.
+        skip, count = (offset, limit) if len(tags) == 1 else (0, offset + limit)
+        filter_ = json.dumps({name: list(values) for name, values in (where or {}).items()})
+        found: list[tuple[int, str, Task]] = []
+        total, capped = 0, False
+        for tag in tags:
+            args = [keys.prefix(tag), self._limits, skip, count, WALK_MAX, filter_, org, *fields]
+            sets = [keys.index(tag, org, *source) for source in names]
+            raw = await self.door.run("list", sets, args, repeat=True, slow=True)
+            total += int(raw[0])
+            capped = capped or raw[1] == b"1"
+            for id_, score, *values in raw[2:]:
+                pairs = {name: value.decode() for name, value in zip(fields, values, strict=True) if value is not None}
+                found.append((int(score), id_.decode(), task(pairs)))
+        if len(tags) > 1:
+            found.sort(key=lambda item: item[:2], reverse=True)
+            found = found[offset : offset + limit]
+        return Listed([item[2] for item in found], total, capped)
+
+
+class Expected:
+    """What indexes, queues and totals have to hold, gathered from folded snapshots. Mirrors `lua/commit.lua`."""
+
+    def __init__(self) -> None:
+        self.sets: dict[str, dict[str, int]] = defaultdict(dict)
+        self.totals: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        self._waiting: dict[str, dict[str, int]] = defaultdict(dict)
+        self._leased: dict[str, int] = {}
+        self._due: dict[str, int] = {}
+
+    def add(self, tag: str, org: str, folded: Snapshot, forgotten: int) -> None:
+        """`forgotten`: when its session was last deleted, µs."""
+        found = task(folded.fields)
+        scope = f"{found.owner}:{found.session}"
+        whole = {"agent": found.agent, "user": found.user, "session": scope if found.session else ""}
+        related = {"parent": found.parent, "trigger": found.trigger}
+        places: list[tuple[str, ...]] = [(), ("owner", found.owner)]
+        places += [(kind, value) for kind, value in (whole | related).items() if value]
+        states: list[tuple[str, ...]] = [(), ("owner", found.owner)]
+        states += [(kind, value) for kind, value in whole.items() if value]
+        places += [("status", found.status.value, *state) for state in states]
+        if found.internal_status:
+            places.append(("internal", found.internal_status))
+        for place in places:
+            self.sets[keys.index(tag, org, *place)][found.id] = found.created_at
+        member = keys.member(org, found.id)
+        if found.session and found.created_at > forgotten:
+            seen = self.sets[keys.key(tag, "sessions", org, found.owner)]
+            seen[found.session] = min(found.created_at, seen.get(found.session, found.created_at))
+        if found.session:
+            sums = self.totals[keys.key(tag, "totals", org, found.owner, found.session)]
+            for name in ("input_tokens", "output_tokens", "cost_nano"):
+                sums[name] += int(folded.fields.get(name, "0"))
+        if found.status is QUEUED:
+            head_start = {1: 60_000_000, 2: 600_000_000}.get(found.priority, 0)
+            self._waiting[found.queue][member] = found.ready_at or found.queued_at - head_start
+        if found.status in LEASED:
+            self._leased[member] = 0
+        if found.deadline_at and found.status in OPEN:
+            self._due[member] = found.deadline_at // 1000
+
+    def queues(self, tag: str) -> dict[str, tuple[str, dict[str, int]]]:
+        """Key → what it is, and member → score."""
+        ready = {keys.key(tag, "ready", queue): ("ready", members) for queue, members in self._waiting.items()}
+        return {
+            **ready,
+            keys.key(tag, "leases"): ("lease", self._leased),
+            keys.key(tag, "due"): ("deadline", self._due),
+        }
+
+
+def _fields(raw: Any) -> dict[str, str]:
+    pairs = raw.items() if isinstance(raw, dict) else zip(raw[::2], raw[1::2], strict=True)
+    return {name.decode(): value.decode() for name, value in pairs}
+
+
+def _flat(fields: Mapping[str, str]) -> list[str]:
+    return [word for pair in fields.items() for word in pair]
+
+
+def _flat_bytes(fields: Any) -> list[bytes]:
+    return [word for pair in fields.items() for word in pair] if isinstance(fields, dict) else fields
+
+
+def _scores(raw: Iterable[Any]) -> list[tuple[str, int]]:
+    """A `WITHSCORES` answer, flat or in pairs."""
+    items = [*raw]
+    if items and not isinstance(items[0], (tuple, list)):
+        items = list(zip(items[::2], items[1::2], strict=True))
+    return [(member.decode(), int(float(score))) for member, score in items]
+
+

@@ -1,0 +1,58 @@
+"""The one door to the store for everybody above: submit append claim get list follow.
+
+Nobody above this file says Redis; nobody below it says HTTP.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+from app.connect import Door
+from app.embedded import Embedded
+from app.hub import Hub
+from app.log import Log, Partitions, open_partitions
+from app.queues import Queues
+from app.settings import Settings
+from app.snapshots import Snapshots
+
+
+class Store:
+    """Its parts, each of which owns one noun; made by `open_store` only."""
+
+    def __init__(self, door: Door, partitions: Partitions, settings: Settings) -> None:
+        self.door = door
+        self.partitions = partitions
+        self.settings = settings
+        self.log = Log(door, partitions, settings)
+        self.snapshots = Snapshots(door, partitions, settings)
+        self.queues = Queues(door, partitions, settings, self.log)
+        self.hub = Hub(door, partitions, self.log, self.snapshots)
+        self.submit, self.append, self.delete = self.log.submit, self.log.append, self.log.delete
+        self.read = self.log.read
+        self.get, self.list = self.snapshots.get, self.snapshots.list
+        self.claim, self.renew = self.queues.claim, self.queues.renew
+        self.follow, self.watch = self.hub.follow, self.hub.watch
+
+    async def ping(self) -> None:
+        """Raises Unavailable."""
+        await self.door.call("PING")
+
+    @property
+    def embedded(self) -> bool:
+        return not self.settings.redis_url
+
+
+@asynccontextmanager
+async def open_store(settings: Settings) -> AsyncIterator[Store]:
+    """The store that the settings name: a URL, or the embedded server of the data folder.
+
+    Raises Misconfigured, Unavailable.
+    """
+    async with AsyncExitStack() as stack:
+        url = settings.redis_url
+        if not url:
+            url = (await stack.enter_async_context(Embedded(settings.data, fsync=settings.fsync))).url
+        door = Door(url)
+        stack.push_async_callback(door.aclose)
+        store = Store(door, await open_partitions(door, settings.partitions), settings)
+        stack.push_async_callback(store.hub.aclose)
+        yield store
