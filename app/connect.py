@@ -46,14 +46,20 @@ def script(name: str) -> Script:
     The first line makes the server refuse the whole script, instead of one write in its middle, when memory is full.
     """
     folder = files("app") / "lua"
-    flags = {"delete": " flags=allow-oom", "read": READ_ONLY, "list": READ_ONLY, "snapshot": READ_ONLY, "due": READ_ONLY}.get(name, "")
+    flags = {
+        "delete": " flags=allow-oom",
+        "read": READ_ONLY,
+        "list": READ_ONLY,
+        "snapshot": READ_ONLY,
+        "due": READ_ONLY,
+    }.get(name, "")
     shared = "" if name in {"deploy", "read", "snapshot"} else (folder / "commit.lua").read_text()
     body = (folder / f"{name}.lua").read_text()
     text = f"#!lua{flags}\n{shared}\n{body}"
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-def in_our_words(error: Exception) -> Exception:
+def in_our_words(error: BaseException) -> BaseException:
     """What an error of the client library means to the store's users."""
     match error:
         case TaskcastError():

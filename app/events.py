@@ -268,7 +268,7 @@ Activity = (
 AnyEvent = Lifecycle | Activity
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(AnyEvent)
+_decoder: msgspec.json.Decoder[AnyEvent] = msgspec.json.Decoder(AnyEvent)
 
 
 def tag(event: Event | type[Event]) -> str:

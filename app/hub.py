@@ -275,5 +275,3 @@ class Hub:
     async def aclose(self) -> None:
         for tail in self._tails.values():
             await tail.aclose()
-
-

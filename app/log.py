@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Struct
 
 from app import events, keys
-from app.connect import BLOCK_SECONDS, Door
+from app.connect import BLOCK_SECONDS, Arg, Door
 from app.errors import Conflict, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
@@ -114,7 +114,7 @@ class Log:
         """
         event = events.Submitted(actor=actor, message="Task submitted.", task=task)
         place, head = self._place(task.org, task.id)
-        args = [*head, task.org, task.id, events.encode(event), rows(event), task.submission, task.body_hash]
+        args: list[Arg] = [*head, task.org, task.id, events.encode(event), rows(event), task.submission, task.body_hash]
         answer = await self.door.run("submit", [place], args, repeat=True)
         code = answer[0].decode()
         if code == "mismatch":
@@ -132,18 +132,19 @@ class Log:
         fence: int | None = None,
         n: int | None = None,
         operation: str = "",
-        lease: bytes = b"",
+        seen: tuple[str, bytes] = ("", b""),
     ) -> Appended:
         """Appends one event, and its effect on the snapshot, in one step.
 
         A worker gives its fence, and n = 1, 2, 3 … per attempt; a control call gives a random `operation`: both make
-        a repeat harmless. `lease`: only if the task's lease still has this score.
+        a repeat harmless. The ticker gives what it has `seen`: a set (`leases`, `due`) and the task's score there;
+        if that moved, the append is Stale.
         Raises NotFound, Conflict, Stale, OutOfOrder, TooLarge, Unavailable, Full.
         """
         place, head = self._place(org, task)
-        args = [*head, org, task, events.tag(event), events.encode(event), rows(event)]
-        args += ["" if fence is None else fence, "" if n is None else n, operation, lease]
-        repeat = bool(operation) or (fence is not None and n is not None) or bool(lease)
+        args: list[Arg] = [*head, org, task, events.tag(event), events.encode(event), rows(event)]
+        args += ["" if fence is None else fence, "" if n is None else n, operation, *seen]
+        repeat = bool(operation) or (fence is not None and n is not None) or bool(seen[0])
         answer = await self.door.run("append", [place], args, repeat=repeat)
         code = answer[0].decode()
         if code not in {"ok", "duplicate"}:
@@ -154,7 +155,8 @@ class Log:
         """Removes the task and everything of it. Raises NotFound."""
         event = events.Deleted(actor=actor)
         place, head = self._place(org, task)
-        answer = await self.door.run("delete", [place], [*head, org, task, events.encode(event), rows(event)])
+        args: list[Arg] = [*head, org, task, events.encode(event), rows(event)]
+        answer = await self.door.run("delete", [place], args)
         if answer[0] != b"ok":
             raise refusal(answer[0].decode(), event, "")
         return _appended(answer)
@@ -168,7 +170,7 @@ class Log:
         """
         tag = self.partitions.tag(org, task)
         names = [keys.key(tag, kind, org, task) for kind in ("events", "task", "base")]
-        args = [keys.prefix(tag), self._limits, after, limit, "1" if check else ""]
+        args: list[Arg] = [keys.prefix(tag), self._limits, after, limit, "1" if check else ""]
         raw = await self.door.run("read", [*names, keys.key(tag, "log")], args, repeat=True, slow=True)
         if not raw:
             return None

@@ -15,7 +15,7 @@ import structlog
 from msgspec import Struct
 
 from app import events, keys
-from app.connect import Door, in_our_words
+from app.connect import Arg, Door, in_our_words
 from app.errors import Conflict, NotFound
 from app.log import Log, Partitions, limits
 from app.settings import Settings
@@ -56,7 +56,13 @@ class Queues:
         for tag in tags[self._turn :] + tags[: self._turn]:
             if len(claimed) == free:
                 break
-            args = [keys.prefix(tag), self._limits, secrets.token_hex(16), free - len(claimed), self.lease_ms]
+            args: list[Arg] = [
+                keys.prefix(tag),
+                self._limits,
+                secrets.token_hex(16),
+                free - len(claimed),
+                self.lease_ms,
+            ]
             args += [events.encode(event), rows(event), *queues]
             raw = await self.door.run("claim", [keys.key(tag, "leases")], args, repeat=True)
             claimed += [Claimed(org.decode(), task.decode(), int(fence)) for org, task, fence in raw]
@@ -69,7 +75,7 @@ class Queues:
         for one in held:
             by_tag.setdefault(self.partitions.tag(one.org, one.task), []).append(one)
         for tag, leases in by_tag.items():
-            args = [keys.prefix(tag), self._limits, self.lease_ms]
+            args: list[Arg] = [keys.prefix(tag), self._limits, self.lease_ms]
             args += [word for one in leases for word in (one.org, one.task, one.fence)]
             raw = await self.door.run("renew", [keys.key(tag, "leases")], args, repeat=True)
             answer |= {one: status.decode() for one, status in zip(leases, raw, strict=True)}
@@ -104,18 +110,16 @@ class Queues:
         count = 0
         for tag in self.partitions.tags:
             sets = [keys.key(tag, "leases"), keys.key(tag, "due")]
-            for what, member, score, fence, attempt, max_attempts in await self.door.run(
+            for what, member, score, attempt, max_attempts in await self.door.run(
                 "due", sets, [keys.prefix(tag), self._limits, DUE_MAX], repeat=True
             ):
                 ((org, task),) = keys.of_members([member])
                 event: events.AnyEvent = events.TimedOut(actor="taskcast", message="The task exceeded its deadline.")
-                lease, expected = b"", None
-                if what == b"lease":
-                    lease, expected = score, int(fence)
+                if what == b"leases":
                     event = lost(int(attempt), int(max_attempts))
                 # Somebody else's tick, a renewal or the task's own end came first: then this one is not due.
                 with suppress(Conflict, NotFound):
-                    await self.log.append(org, task, event, fence=expected, lease=lease)
+                    await self.log.append(org, task, event, seen=(what.decode(), score))
                     logger.info("task.due", task_id=task, org=org, consequence=events.tag(event))
                     count += 1
         return count
@@ -124,12 +128,12 @@ class Queues:
 def lost(attempt: int, max_attempts: int) -> events.LeaseLost | events.Errored:
     """What follows when a worker falls silent."""
     if attempt < max_attempts:
-        return events.LeaseLost(actor="taskcast", message=f"Attempt {attempt} lost its worker; the task is queued again.")
+        return events.LeaseLost(
+            actor="taskcast", message=f"Attempt {attempt} lost its worker; the task is queued again."
+        )
     times = "once" if attempt == 1 else f"{attempt} times"
     return events.Errored(
         actor="taskcast",
         message="The task lost its worker too often.",
         error=f"The worker stopped answering ({times}).",
     )
-
-

@@ -8,11 +8,10 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from app import keys
-from app.connect import Door
+from app.connect import Arg, Door
 from app.errors import TaskcastError
 from app.log import Partitions, entry, limits
 from app.settings import Settings
@@ -302,7 +301,7 @@ class Snapshots:
         found: list[tuple[int, str, Task]] = []
         total, capped = 0, False
         for tag in tags:
-            args = [keys.prefix(tag), self._limits, skip, count, WALK_MAX, filter_, org, *fields]
+            args: list[Arg] = [keys.prefix(tag), self._limits, skip, count, WALK_MAX, filter_, org, *fields]
             sets = [keys.index(tag, org, *source) for source in names]
             raw = await self.door.run("list", sets, args, repeat=True, slow=True)
             total += int(raw[0])
@@ -352,7 +351,8 @@ class Expected:
         if found.status is QUEUED:
             head_start = {1: 60_000_000, 2: 600_000_000}.get(found.priority, 0)
             self._waiting[found.queue][member] = found.ready_at or found.queued_at - head_start
-        if found.status in LEASED:
+        # Without a worker an owner stated it (`restated`): nobody renews, nothing expires.
+        if found.status in LEASED and found.worker:
             self._leased[member] = 0
         if found.deadline_at and found.status in OPEN:
             self._due[member] = found.deadline_at // 1000
@@ -386,5 +386,3 @@ def _scores(raw: Iterable[Any]) -> list[tuple[str, int]]:
     if items and not isinstance(items[0], (tuple, list)):
         items = list(zip(items[::2], items[1::2], strict=True))
     return [(member.decode(), int(float(score))) for member, score in items]
-
-

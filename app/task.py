@@ -148,11 +148,13 @@ def _change(event: AnyEvent, before: Status, after: Status) -> Change:
     stamp, clear = list(row.stamp), list(row.clear)
     if after in TERMINAL:
         stamp.append("finished_at")
-        clear += [*PAUSE, "worker"]
+        clear += PAUSE
     elif before in TERMINAL:
         clear += ENDED
     if after is QUEUED:
         stamp.append("queued_at")
+    if before in LEASED and after not in LEASED:
+        clear.append("worker")
     return msgspec.structs.replace(
         row,
         status=after.value,
@@ -187,7 +189,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
                 due="add" if event.deadline_seconds else "",
             )
         case events.Started():
-            return Change(set={"worker": event.worker}, add={"fence": 1, "attempt": 1}, stamp=("started_at",))
+            return Change(set={"worker": event.worker, "n": "0"}, add={"fence": 1, "attempt": 1}, stamp=("started_at",))
         case events.PauseAsked():
             fields = {"pause_reason": event.reason, "paused_by": event.actor}
             return Change(set={name: value for name, value in fields.items() if value}, stamp=("paused_at",))
@@ -198,12 +200,12 @@ def _effects(event: AnyEvent, before: Status) -> Change:
         case events.Requeued():
             return Change(
                 add={"max_attempts": 1} if event.refund else {},
-                clear=("worker", "progress", "ready_at"),
+                clear=("progress", "ready_at"),
                 later=_times(deadline=0, delay=event.delay_seconds),
                 text="clear",
             )
         case events.LeaseLost():
-            return Change(clear=("worker", "progress", "ready_at"), text="clear")
+            return Change(clear=("progress", "ready_at"), text="clear")
         case events.Completed():
             fields = {"result": event.result, "result_type": event.result_type, "progress": "1"}
             return Change(set={**fields, **_model(event.usage)}, spend=_usage(event.usage))
@@ -380,8 +382,6 @@ def apply(snapshot: Snapshot, entry: Entry) -> Snapshot:
         fields["status"] = change.status
     if entry.n:
         fields["n"] = str(entry.n)
-    elif isinstance(entry.event, events.Started):
-        fields["n"] = "0"
     fields |= {
         "last_seq": str(entry.seq),
         "last_event_id": entry.id,

@@ -1,8 +1,9 @@
 -- One event of an existing task. KEYS[1] its snapshot.
 -- ARGV: org, id, type, event, rows, fence and producer number ('' when no worker speaks), operation ('' or a name
--- under which the outcome is kept 24 h), expected lease score ('' or the score that the caller saw).
+-- under which the outcome is kept 24 h), a set and the score in it that the caller saw (both '' without).
 -- Answers ok · duplicate · not_found · stale · out_of_order · conflict · text_full, then where the task stands.
-local org, id, fence, n, operation, lease = ARGV[3], ARGV[4], ARGV[8], ARGV[9], ARGV[10], ARGV[11]
+local org, id, fence, n, operation = ARGV[3], ARGV[4], ARGV[8], ARGV[9], ARGV[10]
+local set, score = ARGV[11], ARGV[12]
 local fields = load(org, id)
 if not fields then return { 'not_found', '0', '', '0', '', '0' } end
 local function refuse(code)
@@ -25,7 +26,7 @@ if fence ~= '' then
     if tonumber(n) > last + 1 then return refuse('out_of_order') end
   end
 end
-if lease ~= '' and redis.call('ZSCORE', key('leases'), org .. '/' .. id) ~= lease then return refuse('stale') end
+if set ~= '' and redis.call('ZSCORE', key(set), org .. '/' .. id) ~= score then return refuse('stale') end
 local change = row(ARGV[7], fields.status)
 if not change then return refuse('conflict') end
 local plan = { org = org, id = id, fields = fields, change = change, type = ARGV[5], event = ARGV[6], n = n }

@@ -25,7 +25,7 @@ local plans = {}
 for i = 1, math.min(free, #waiting) do
   local org, id = string.match(waiting[i].member, '^([^/]*)/(.*)$')
   local fields = load(org, id)
-  local plan = { org = org, id = id, fields = fields, type = 'started', event = event, n = '0', lease = lease }
+  local plan = { org = org, id = id, fields = fields, type = 'started', event = event, n = '', lease = lease }
   plan.change = row(rows, fields.status)
   prepare(plan)
   plans[i] = plan

@@ -1,0 +1,21 @@
+"""Taskcast: an event-driven task store for AI agents, with live streams.
+
+    clients ──POST──▶ api/<dialect> ──▶ store.submit ──┐
+                                                       ├─▶ lua/commit.lua, one atomic step ─┬─▶ partition log
+    workers ──claim, events──▶ store.append ───────────┘                                    ├─▶ the task's stream
+                                                                                            ├─▶ its snapshot
+                                                                                            └─▶ indexes, queues
+    EventSource ◀── sse ◀── api/<dialect>.frame ◀── hub ◀── one tail per partition
+    pollers     ◀── api/<dialect>.task_body ◀── snapshots
+
+The log is the truth; a snapshot is its fold. Imports point one way, and a test holds it:
+
+    core     errors events task              pure, no I/O
+    leaves   keys settings metrics
+    Redis    embedded connect log snapshots queues hub
+    store                                    above it nobody says Redis, below it nobody says HTTP
+    HTTP     identity sse api ops
+    edge     server cli
+"""
+
+__version__ = "0.1.0"
