@@ -171,11 +171,11 @@ async def test_ten_racing_tickers_append_one_consequence(store: Store) -> None:
 async def test_an_idle_worker_wakes_when_a_task_arrives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("app.queues.SWEEP_SECONDS", 9.0)
     async with store.queues.waiting(["default"]) as wait:
-        waiting = asyncio.create_task(wait())
+        waiting = asyncio.ensure_future(wait())
         (tag,) = store.partitions.tags
 
         async def blocked() -> bool:
-            return (await store.door.read("INFO", "clients"))["blocked_clients"] == 1
+            return int((await store.door.read("INFO", "clients"))["blocked_clients"]) == 1
 
         await wait_until(blocked, "the worker waits")
         await submit(store, "t")
