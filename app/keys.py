@@ -28,7 +28,7 @@ class Kind(Struct, frozen=True):
 
 KINDS = (
     Kind("log", "stream", "", "100,000 entries and 256 MiB", "for ever, trimmed"),
-    Kind("count", "hash", "", "2 fields", "for ever"),
+    Kind("count", "hash", "", "3 fields", "for ever"),
     Kind("marks", "list", "", "65 ids: one per 4 MiB of log", "for ever, trimmed"),
     Kind("task", "hash", "org:task", "the snapshot; input ≤ 256 KiB, result ≤ 192 KiB", "until deleted"),
     Kind("events", "stream", "org:task", "10,000 entries, 16 MiB", "until deleted"),
@@ -45,6 +45,7 @@ KINDS = (
     Kind("wake", "list", "queue", "64 tokens", "for ever"),
     Kind("leases", "zset", "", "one member per running task", "while tasks run"),
     Kind("due", "zset", "", "one member per deadline", "while tasks have deadlines"),
+    Kind("ended", "zset", "", "one member per ended task", "until deleted"),
     Kind("claim", "string", "claim id", "the tasks of one claim", "60 s"),
     Kind("outcome", "string", "org:task:operation", "one reply", "24 h"),
     Kind("tombstone", "hash", "org:task", "last_seq, fence", "24 h"),

@@ -151,11 +151,14 @@ class Log:
             raise refusal(code, event, answer[4].decode())
         return _appended(answer, duplicate=code == "duplicate")
 
-    async def delete(self, org: str, task: str, *, actor: str = "") -> Appended:
-        """Removes the task and everything of it. Raises NotFound."""
+    async def delete(self, org: str, task: str, *, actor: str = "", seen: bytes = b"") -> Appended:
+        """Removes the task and everything of it. `seen`: only if it ended at this score of the `ended` set.
+
+        Raises NotFound, Stale.
+        """
         event = events.Deleted(actor=actor)
         place, head = self._place(org, task)
-        args: list[Arg] = [*head, org, task, events.encode(event), rows(event)]
+        args: list[Arg] = [*head, org, task, events.encode(event), rows(event), seen]
         answer = await self.door.run("delete", [place], args)
         if answer[0] != b"ok":
             raise refusal(answer[0].decode(), event, "")

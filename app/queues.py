@@ -27,6 +27,7 @@ DUE_MAX = 200
 """Expired leases and passed deadlines that one tick takes from a partition."""
 
 
+FORGET_MAX = 200
 SWEEP_SECONDS = 1.0
 """An idle worker looks again after this time: a delayed task makes no wake-up call."""
 
@@ -121,6 +122,22 @@ class Queues:
                 with suppress(Conflict, NotFound):
                     await self.log.append(org, task, event, seen=(what.decode(), score))
                     logger.info("task.due", task_id=task, org=org, consequence=events.tag(event))
+                    count += 1
+        return count
+
+    async def forget(self, keep_seconds: float) -> int:
+        """Deletes tasks that ended longer ago; at most FORGET_MAX per partition and call. Returns how many."""
+        count = 0
+        seconds, _ = await self.door.read("TIME")
+        until = round((int(seconds) - keep_seconds) * 1_000_000)
+        for tag in self.partitions.tags:
+            command = ("ZRANGEBYSCORE", keys.key(tag, "ended"), "-inf", until, "WITHSCORES", "LIMIT", 0, FORGET_MAX)
+            raw = await self.door.read(*command)
+            for (org, task), score in zip(keys.of_members(raw[::2]), raw[1::2], strict=True):
+                # A new turn may have begun since: then it has not ended.
+                with suppress(Conflict, NotFound):
+                    await self.log.delete(org, task, actor="taskcast", seen=score)
+                    logger.info("task.forgotten", task_id=task, org=org)
                     count += 1
         return count
 

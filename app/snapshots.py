@@ -74,6 +74,11 @@ class Snapshots:
         raw = await self.door.run("snapshot", names, [], repeat=True, slow=True)
         return Snapshot(fields=_fields(raw[0]), text=raw[1]) if raw[0] else None
 
+    async def count(self) -> int:
+        """How many tasks the store holds, over all organisations."""
+        numbers = [await self.door.read("HGET", keys.key(tag, "count"), "tasks") for tag in self.partitions.tags]
+        return sum(int(number or 0) for number in numbers)
+
     async def counts(self, org: str, *indexes: tuple[str, ...]) -> list[int]:
         """How many tasks stand in each index."""
         totals = [0] * len(indexes)
@@ -197,6 +202,8 @@ class Snapshots:
             stored = dict(_scores(await self.door.read("ZRANGE", name, 0, -1, "WITHSCORES")))
             for member in sorted(stored.keys() ^ members.keys()):
                 yield Difference(member, f"the {kind} set {'holds it wrongly' if member in stored else 'lacks it'}")
+        if int(await self.door.read("HGET", keys.key(tag, "count"), "tasks") or 0) != expected.tasks:
+            yield Difference(tag, "the number of tasks differs")
         for name, sums in expected.totals.items():
             stored_sums = _fields(await self.door.read("HGETALL", name))
             if {k: v for k, v in stored_sums.items() if v != "0"} != {k: str(v) for k, v in sums.items() if v}:
@@ -212,7 +219,7 @@ class Snapshots:
         for tag in self.partitions.tags:
             expected = Expected()
             tasks = [pair async for pair in self._tasks(tag)]
-            for pattern in ("index:*", "sessions:*", "totals:*", "ready:*", "leases", "due"):
+            for pattern in ("index:*", "sessions:*", "totals:*", "ready:*", "leases", "due", "ended"):
                 async for name in self._scan(keys.prefix(tag) + pattern):
                     await self.door.call("DEL", name)
             for org, id_ in tasks:
@@ -233,6 +240,7 @@ class Snapshots:
                 await self._write(name, "ZADD", words)
             for name, sums in expected.totals.items():
                 await self._write(name, "HSET", _flat({k: str(v) for k, v in sums.items() if v}))
+            await self.door.call("HSET", keys.key(tag, "count"), "tasks", expected.tasks)
         return count
 
     async def _forgotten(self, org: str, folded: Snapshot) -> int:
@@ -324,6 +332,8 @@ class Expected:
         self._waiting: dict[str, dict[str, int]] = defaultdict(dict)
         self._leased: dict[str, int] = {}
         self._due: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
+        self.tasks = 0
 
     def add(self, tag: str, org: str, folded: Snapshot, forgotten: int) -> None:
         """`forgotten`: when its session was last deleted, µs."""
@@ -356,6 +366,9 @@ class Expected:
             self._leased[member] = 0
         if found.deadline_at and found.status in OPEN:
             self._due[member] = found.deadline_at // 1000
+        if found.status in TERMINAL:
+            self._ended[member] = found.finished_at
+        self.tasks += 1
 
     def queues(self, tag: str) -> dict[str, tuple[str, dict[str, int]]]:
         """Key → what it is, and member → score."""
@@ -364,6 +377,7 @@ class Expected:
             **ready,
             keys.key(tag, "leases"): ("lease", self._leased),
             keys.key(tag, "due"): ("deadline", self._due),
+            keys.key(tag, "ended"): ("ended", self._ended),
         }
 
 

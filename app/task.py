@@ -120,6 +120,8 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`remove`: no worker holds it any more."""
     due: str = ""
     """`add` or `remove` the deadline."""
+    ended: str = ""
+    """`add` to, or `remove` from, the tasks that have ended."""
 
 
 ENDED = ("error", "result", "result_type", "finished_at", "cancel_reason", "cancelled_by")
@@ -163,6 +165,7 @@ def _change(event: AnyEvent, before: Status, after: Status) -> Change:
         ready="add" if after is QUEUED else "remove" if before is QUEUED else "",
         lease="remove" if before in LEASED and after not in LEASED else "",
         due="remove" if after in TERMINAL or after is GONE else row.due,
+        ended="add" if after in TERMINAL else "remove" if before in TERMINAL else "",
     )
 
 

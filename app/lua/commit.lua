@@ -136,6 +136,7 @@ local function prepare(plan)
   end
   if change.lease or plan.lease then touch('zset', key('leases')) end
   if change.due then touch('zset', key('due')) end
+  if change.ended then touch('zset', key('ended')) end
 
   if change.text == 'append' then
     plan.delta = cjson.decode(plan.event)
@@ -240,6 +241,7 @@ local function write(plan)
   local score = plan.new and stamp or plan.fields.created_at
   for _, name in ipairs(plan.leave) do redis.call('ZREM', name, plan.id) end
   for _, name in ipairs(plan.join) do redis.call('ZADD', name, score, plan.id) end
+  if plan.new then redis.call('HINCRBY', key('count'), 'tasks', 1) end
   if plan.new and after.session then
     redis.call('ZADD', key('sessions', plan.org .. ':' .. (after.owner or '')), 'NX', stamp, after.session)
   end
@@ -261,6 +263,12 @@ local function write(plan)
     redis.call('ZADD', key('due'), digits(math.floor(tonumber(after.deadline_at) / 1000)), plan.member)
   elseif change.due == 'remove' then
     redis.call('ZREM', key('due'), plan.member)
+  end
+
+  if change.ended == 'add' then
+    redis.call('ZADD', key('ended'), stamp, plan.member)
+  elseif change.ended == 'remove' then
+    redis.call('ZREM', key('ended'), plan.member)
   end
 
   -- Trimming: every mark copies the snapshot to `next`; the following mark cuts the stream there and keeps that

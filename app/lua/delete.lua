@@ -1,8 +1,12 @@
 -- Removes a task: appends `deleted` to the partition's log, then removes everything of it. KEYS[1] its snapshot.
--- ARGV: org, id, event, rows. Answers as append.lua. A tombstone keeps seq and fence 24 h for a reused id.
+-- ARGV: org, id, event, rows, and the score in `ended` that the caller saw ('' without). Answers as append.lua.
+-- A tombstone keeps seq and fence 24 h for a reused id.
 local org, id = ARGV[3], ARGV[4]
 local fields = load(org, id)
 if not fields then return { 'not_found', '0', '', '0', '', '0' } end
+if ARGV[7] ~= '' and redis.call('ZSCORE', key('ended'), org .. '/' .. id) ~= ARGV[7] then
+  return { 'stale', fields.last_seq, fields.last_event_id, '0', fields.status, fields.attempt }
+end
 local plan = {
   org = org, id = id, fields = fields, change = row(ARGV[6], fields.status), type = 'deleted', event = ARGV[5], n = '',
 }
@@ -21,6 +25,8 @@ if fields.internal_status then redis.call('ZREM', internal_index_of(org, fields.
 redis.call('ZREM', key('ready', fields.queue), plan.member)
 redis.call('ZREM', key('leases'), plan.member)
 redis.call('ZREM', key('due'), plan.member)
+redis.call('ZREM', key('ended'), plan.member)
+redis.call('HINCRBY', key('count'), 'tasks', -1)
 if fields.session then
   local owner = fields.owner or ''
   local totals = key('totals', org .. ':' .. owner .. ':' .. fields.session)

@@ -146,7 +146,7 @@ async def dump(store: Store) -> dict[str, object]:
                 content[name] = await store.door.read("HGETALL", name)
             case "text":
                 content[name] = await store.door.read("GET", name)
-            case "index" | "sessions" | "ready" | "due":
+            case "index" | "sessions" | "ready" | "due" | "ended":
                 content[name] = await store.door.read("ZRANGE", name, 0, -1, "WITHSCORES")
             case "leases":
                 content[name] = sorted(await store.door.read("ZRANGE", name, 0, -1))

@@ -189,3 +189,23 @@ async def test_wake_tokens_that_nobody_takes_are_bounded(store: Store) -> None:
         await submit(store, f"t{i}")
     (tag,) = store.partitions.tags
     assert await store.door.read("LLEN", keys.key(tag, "wake", "default")) == 64
+
+
+async def test_ended_tasks_are_forgotten_by_age_and_others_never(store: Store) -> None:
+    for id_ in ("old", "continued", "open"):
+        await submit(store, id_)
+    for id_ in ("old", "continued"):
+        await store.append("o", id_, events.Cancelled())
+    assert await store.queues.forget(3600) == 0
+    await store.append("o", "continued", events.Continued(query="more", submission="2"))
+    assert await store.snapshots.count() == 3
+
+    async def forgotten() -> bool:
+        return await store.queues.forget(0) == 1
+
+    await wait_until(forgotten, "the clock's next second")
+    assert await store.get("o", "old") is None
+    assert await store.get("o", "continued") is not None
+    assert await store.get("o", "open") is not None
+    assert await store.snapshots.count() == 2
+    assert [d async for d in store.snapshots.verify()] == []

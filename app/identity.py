@@ -1,0 +1,219 @@
+"""API keys: who is calling, and for which organisation.
+
+A key is kept as its SHA-256 only; whoever reads the store cannot speak for anybody. A key belongs to no task, so it
+lives in the partition of its own hash, and this file asks the store's door itself, as the other nouns do. Requests
+never scan: only `list` and `revoke`, which an operator calls on the store, look for keys by pattern.
+
+What this file must never do is let a key reach a log line, an error sentence or a task.
+"""
+
+import hashlib
+import ipaddress
+import re
+import secrets
+import string
+import time
+from collections.abc import AsyncIterator, Mapping
+
+from msgspec import Struct
+from starlette.datastructures import Headers, QueryParams
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app import keys
+from app.errors import Invalid, NotFound, TaskcastError, Unauthorized
+from app.settings import Settings
+from app.store import Store
+
+DEVELOPMENT_KEY = "sk_test_123456"
+DEVELOPMENT_ORG = "00000000-0000-0000-0000-000000000001"
+DEVELOPMENT_USER = "00000000-0000-0000-0000-000000000002"
+
+CACHE_SECONDS = 10.0
+"""A revoked key works in other processes for so long."""
+CACHE_MAX = 10_000
+NAME_CHARACTERS_MAX = 100
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+"""Organisations and users: no colon and no slash, which separate the parts of keys in the store."""
+_ALPHABET = string.ascii_letters + string.digits
+_QUERY_KEY_PATH = re.compile(r"/api/v1/(stream/[a-z]+|tasks/[^/]+/stream)")
+"""A native EventSource cannot send headers (Shannon's contract §2.1)."""
+_CALLER = "taskcast.caller"
+_ASKING = ("/api/", "/v1/")
+"""Paths below which somebody may ask who is calling; health and metrics must answer while the store is away."""
+
+
+class Identity(Struct, frozen=True):
+    org: str
+    user: str
+    """Empty: the organisation's key, nobody's in particular."""
+    key: str
+    """The key's public id."""
+
+
+class Key(Struct, frozen=True, kw_only=True):
+    """What may be shown of a key."""
+
+    id: str
+    org: str
+    user: str
+    name: str
+    created_at: int
+    """µs since 1970."""
+
+
+class Identities:
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._door, self._partitions = store.door, store.partitions
+        self.development = store.embedded and loopback(settings.host)
+        """The development key is known: nobody else's machine can reach this server, and its data is this folder's."""
+        self._cache: dict[str, tuple[float, Identity]] = {}
+
+    async def of(self, api_key: str) -> Identity:
+        """Raises Unauthorized, Unavailable."""
+        api_key = normalised(api_key)
+        if self.development and secrets.compare_digest(api_key.encode(), DEVELOPMENT_KEY.encode()):
+            return Identity(DEVELOPMENT_ORG, DEVELOPMENT_USER, "development")
+        digest = hashed(api_key)
+        until, known = self._cache.get(digest, (0.0, None))
+        if known and time.monotonic() < until:
+            return known
+        fields = _text(await self._door.call("HGETALL", self._place(digest), repeat=True))
+        if not fields:
+            # Not kept: unknown keys are without number, and one made a moment ago must work.
+            self._cache.pop(digest, None)
+            raise Unauthorized("Unauthorized")
+        found = Identity(fields["org"], fields.get("user", ""), public_id(digest))
+        if len(self._cache) >= CACHE_MAX:
+            self._cache.clear()
+        self._cache[digest] = time.monotonic() + CACHE_SECONDS, found
+        return found
+
+    async def create(self, org: str, user: str, name: str) -> str:
+        """The new key: shown once, for only its hash is kept. `user` may be empty. Raises Invalid."""
+        for what, value in (("organisation", org), ("user", user)):
+            if not _NAME.fullmatch(value) and (value or what == "organisation"):
+                raise Invalid(f"The {what} must have 1 to 64 of the characters A-Z a-z 0-9 _ . -")
+        if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
+            raise Invalid(f"The name must have at most {NAME_CHARACTERS_MAX} printable characters.")
+        api_key = "sk_" + "".join(secrets.choice(_ALPHABET) for _ in range(32))
+        fields = {"org": org, "user": user, "name": name, "created_at": str(time.time_ns() // 1000)}
+        words = [word for pair in fields.items() for word in pair]
+        await self._door.call("HSET", self._place(hashed(api_key)), *words, repeat=True)
+        return api_key
+
+    async def revoke(self, id_: str) -> None:
+        """By public id. Raises NotFound; other processes know the key for CACHE_SECONDS more."""
+        names = [name async for name, key in self._all() if key.id == id_]
+        if not names:
+            raise NotFound(f"There is no key {id_}.")
+        for name in names:
+            await self._door.call("DEL", name, repeat=True)
+        self._cache.clear()
+
+    async def list(self) -> list[Key]:
+        """All keys, oldest first."""
+        return sorted([key async for _, key in self._all()], key=lambda key: (key.created_at, key.id))
+
+    async def _all(self) -> AsyncIterator[tuple[str, Key]]:
+        for tag in self._partitions.tags:
+            start = keys.key(tag, "key", "")
+            cursor, seen = "0", set[str]()
+            while True:
+                raw_cursor, names = await self._door.read("SCAN", cursor, "MATCH", start + "*", "COUNT", 1000)
+                for name in {name.decode() for name in names} - seen:
+                    seen.add(name)
+                    fields = _text(await self._door.read("HGETALL", name))
+                    if fields:  # else: revoked meanwhile
+                        yield name, _key(public_id(name.removeprefix(start)), fields)
+                cursor = raw_cursor.decode() if isinstance(raw_cursor, bytes) else str(raw_cursor)
+                if cursor == "0":
+                    break
+
+    def _place(self, digest: str) -> str:
+        return keys.key(self._partitions.home("", "key", digest), "key", digest)
+
+
+def _key(id_: str, fields: Mapping[str, str]) -> Key:
+    return Key(
+        id=id_,
+        org=fields["org"],
+        user=fields.get("user", ""),
+        name=fields.get("name", ""),
+        created_at=int(fields.get("created_at", "0")),
+    )
+
+
+def _text(raw: Mapping[bytes, bytes] | list[bytes]) -> dict[str, str]:
+    pairs = raw.items() if isinstance(raw, Mapping) else zip(raw[::2], raw[1::2], strict=True)
+    return {name.decode(): value.decode() for name, value in pairs}
+
+
+def normalised(api_key: str) -> str:
+    """Shannon's gateway takes `sk-shannon-X` for `sk_X` (its contract §6)."""
+    start = "sk-shannon-"
+    return "sk_" + api_key.removeprefix(start) if api_key.startswith(start) else api_key
+
+
+def hashed(api_key: str) -> str:
+    # Not a password hash: a key has 190 random bits, and every request pays.
+    return hashlib.sha256(api_key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def public_id(digest: str) -> str:
+    return f"key_{digest[:12]}"
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine can reach a server bound to that host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+# At the edge.
+
+
+def credential(scope: Scope) -> str:
+    """The key that a request brings: X-API-Key, Authorization: Bearer, and for streams ?api_key= or ?token=."""
+    headers = Headers(scope=scope)
+    if api_key := headers.get("x-api-key", "").strip():
+        return api_key
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and token.strip():
+        return token.strip()
+    if scope.get("method", "GET") in {"GET", "HEAD"} and _QUERY_KEY_PATH.fullmatch(scope["path"]):
+        query = QueryParams(scope["query_string"])
+        return query.get("api_key") or query.get("token") or ""
+    return ""
+
+
+class Authentication:
+    """Finds out who is calling. It refuses nobody: routes that ask `caller` do, the others are open."""
+
+    def __init__(self, app: ASGIApp, identities: Identities) -> None:
+        self._app, self._identities = app, identities
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in {"http", "websocket"} and scope["path"].startswith(_ASKING):
+            scope[_CALLER] = await self._caller(scope)
+        await self._app(scope, receive, send)
+
+    async def _caller(self, scope: Scope) -> Identity | TaskcastError:
+        api_key = credential(scope)
+        if not api_key:
+            return Unauthorized("Unauthorized")
+        try:
+            return await self._identities.of(api_key)
+        except TaskcastError as error:
+            return error
+
+
+def caller(request: HTTPConnection) -> Identity:
+    """Who asks. Raises Unauthorized, or Unavailable when the store could not tell."""
+    found: Identity | TaskcastError = request.scope.get(_CALLER) or Unauthorized("Unauthorized")
+    if isinstance(found, TaskcastError):
+        raise found
+    return found

@@ -1,0 +1,46 @@
+"""Every metric, in one list. Prometheus; per process, where nothing else is said.
+
+Names follow Prometheus' rules: units last, counters end in `_total`. Whoever does a thing counts it; what the store
+knows better than a process (queues, leases, the log) is read when somebody scrapes (`ops.py`).
+"""
+
+from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+
+REGISTRY_OF_ALL = REGISTRY
+
+# What happens to tasks, as this process sees it in the log, from its first scrape on: all tasks, whoever moved them.
+TASKS_SUBMITTED = Counter("taskcast_tasks_submitted", "Tasks that were accepted, new turns included.")
+TASKS_ENDED = Counter("taskcast_tasks_ended", "Tasks that reached an end, by status.", ["status"])
+CLAIMS = Counter("taskcast_claims", "Tasks that a worker started.")
+EVENTS = Counter("taskcast_events", "Events that were appended, by kind.", ["kind"])
+
+# What this process does.
+STREAMS_OPEN = Gauge("taskcast_streams_open", "Streams that are open, SSE and WebSocket.")
+STREAM_FRAMES = Counter("taskcast_stream_frames", "Frames that were sent to readers.")
+STREAM_BYTES = Counter("taskcast_stream_bytes", "Bytes of frames that were sent to readers.")
+STREAMS_ABORTED = Counter(
+    "taskcast_streams_aborted",
+    "Streams that were cut off or turned away: stalled, draining, full, store, failed.",
+    ["reason"],
+)
+GAPS = Counter("taskcast_gaps", "Gaps that readers were told of, by reason.", ["reason"])
+STALE = Counter("taskcast_stale_refusals", "Events refused because their attempt was over.")
+STORE_ERRORS = Counter("taskcast_store_errors", "Calls that the store did not answer, by code.", ["code"])
+TICKS_FAILED = Counter("taskcast_ticks_failed", "Rounds of the ticker that failed.")
+REQUESTS = Counter("taskcast_requests", "Requests that were answered.", ["route", "method", "status"])
+# Up to the read timeout of clients, 30 s; streams are not in it, they last as long as they should.
+REQUEST_SECONDS = Histogram(
+    "taskcast_request_seconds",
+    "Time from a request to its answer.",
+    ["route"],
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
+)
+
+# What the store holds, read at scrape time: the same from every process.
+QUEUE_TASKS = Gauge("taskcast_queue_tasks", "Tasks that are ready for a worker.", ["queue"])
+QUEUE_OLDEST_SECONDS = Gauge(
+    "taskcast_queue_oldest_seconds", "Age of the ready task that is next, priority counted as age.", ["queue"]
+)
+LEASES = Gauge("taskcast_leases", "Tasks that a worker holds.", ["partition"])
+LOG_ENTRIES = Gauge("taskcast_log_entries", "Entries that a partition's log keeps.", ["partition"])
+LOG_NUMBER = Gauge("taskcast_log_events", "Events that a partition ever saw: its dense counter.", ["partition"])
