@@ -21,7 +21,7 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from app.errors import Full, Misconfigured, TaskcastError, Unavailable
+from app.errors import Full, Invalid, Misconfigured, TaskcastError, Unavailable
 
 Arg = str | bytes | int | float
 
@@ -29,9 +29,18 @@ TIMEOUT_SECONDS = 10.0
 """For an answer. A script takes milliseconds; a server that loads its log answers at once that it does."""
 REPEAT_SECONDS = 8.0
 """How long a repeatable call goes on asking: an embedded server that died is back within about a second."""
-READ_ONLY = " flags=no-writes"
 BLOCK_SECONDS = 5.0
 """Of a blocking read; must stay below TIMEOUT_SECONDS."""
+
+
+READ_ONLY, ALLOW_OOM = " flags=no-writes", " flags=allow-oom"
+FLAGS = {
+    **dict.fromkeys(("read", "list", "snapshot", "due"), READ_ONLY),
+    # What frees memory, or as a lease's renewal takes none, goes on in a full store.
+    **dict.fromkeys(("delete", "forget", "renew"), ALLOW_OOM),
+}
+ALONE = frozenset({"deploy", "read", "snapshot"})
+"""Scripts that need nothing of `commit.lua`."""
 
 
 class Script(Struct, frozen=True):
@@ -46,16 +55,9 @@ def script(name: str) -> Script:
     The first line makes the server refuse the whole script, instead of one write in its middle, when memory is full.
     """
     folder = files("app") / "lua"
-    flags = {
-        "delete": " flags=allow-oom",
-        "read": READ_ONLY,
-        "list": READ_ONLY,
-        "snapshot": READ_ONLY,
-        "due": READ_ONLY,
-    }.get(name, "")
-    shared = "" if name in {"deploy", "read", "snapshot"} else (folder / "commit.lua").read_text()
+    shared = "" if name in ALONE else (folder / "commit.lua").read_text()
     body = (folder / f"{name}.lua").read_text()
-    text = f"#!lua{flags}\n{shared}\n{body}"
+    text = f"#!lua{FLAGS.get(name, '')}\n{shared}\n{body}"
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
@@ -70,9 +72,11 @@ def in_our_words(error: BaseException) -> BaseException:
             return Misconfigured(f"The store refuses this user: {error}")
         case exceptions.ConnectionError() | exceptions.TimeoutError() | exceptions.ReadOnlyError() | OSError():
             return Unavailable(f"The store cannot be reached: {error or type(error).__name__}")
-        # The code stands first in every error reply (Redis protocol); these two have no class of their own.
+        # The code stands first in every error reply (Redis protocol); these have no class of their own.
         case exceptions.ResponseError() if str(error).startswith(("MISCONF", "OOM")):
             return Full(f"The store cannot write: {error}")
+        case exceptions.ResponseError() if str(error).startswith(("BUSY ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN")):
+            return Unavailable(f"The store cannot answer now: {error}")
         case _:
             return error
 
@@ -101,7 +105,14 @@ class Door:
         try:
             return await self._ask(lane, ("EVALSHA", lua.sha, len(keys), *keys, *args), repeat=repeat)
         except exceptions.NoScriptError:  # a restarted server: it has not run anything
-            return await self._ask(lane, ("EVAL", lua.text, len(keys), *keys, *args), repeat=repeat)
+            await self.load()
+            return await self._ask(lane, ("EVALSHA", lua.sha, len(keys), *keys, *args), repeat=repeat)
+
+    async def load(self) -> None:
+        """Gives the server all scripts."""
+        names = sorted(file.name.removesuffix(".lua") for file in (files("app") / "lua").iterdir())
+        loads = [self._ask(self._fast, ("SCRIPT", "LOAD", script(n).text), repeat=True) for n in names if n != "commit"]
+        await asyncio.gather(*loads)
 
     async def _ask(self, lane: "Lane", command: tuple[Arg, ...], *, repeat: bool) -> Any:
         until = time.monotonic() + REPEAT_SECONDS
@@ -141,8 +152,18 @@ class Lane:
         self._redis = redis
         self._asked: list[tuple[tuple[Arg, ...], asyncio.Future[Any]]] = []
         self._trip: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def ask(self, command: tuple[Arg, ...]) -> Any:
+        """Raises Invalid for text that is not UTF-8: it must not spoil the others' trip."""
+        if self._closed:
+            raise Unavailable("The store is closed.")
+        try:
+            for word in command:
+                if isinstance(word, str):
+                    word.encode()
+        except UnicodeEncodeError as error:
+            raise Invalid(f"Not valid text: {error}") from error
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._asked.append((command, answer))
         if self._trip is None:
@@ -158,12 +179,12 @@ class Lane:
                     pipeline.execute_command(*command)
                 try:
                     answers = await pipeline.execute(raise_on_error=False)
-                except (exceptions.RedisError, OSError, TimeoutError) as error:
-                    answers = [error] * len(batch)
                 except asyncio.CancelledError:
                     for _, future in batch:
                         future.cancel()
                     raise
+                except Exception as error:  # noqa: BLE001 (whatever it is, everybody in the batch has to hear of it)
+                    answers = [error] * len(batch)
                 for (_, future), answer in zip(batch, answers, strict=True):
                     if future.done():  # whoever asked has left
                         continue
@@ -175,10 +196,13 @@ class Lane:
             self._trip = None
 
     async def aclose(self) -> None:
+        self._closed = True
         if self._trip:
             self._trip.cancel()
             with suppress(asyncio.CancelledError):
                 await self._trip
+        for _, future in self._asked:
+            future.cancel()
 
 
 def client(url: str, *, connections: int = 8) -> Redis:

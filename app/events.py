@@ -6,7 +6,7 @@ ever trusted. Encoded once, as JSON with the type as tag, and read by every dial
 """
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,6 +27,12 @@ FINAL_OUTPUT = "final_output"
 Json = dict[str, Any]
 Count = Annotated[int, Meta(ge=0, le=2**53 - 1)]
 """Fits a Lua number exactly."""
+Seconds = Annotated[float, Meta(ge=0, le=10 * 366 * 86400)]
+"""At most ten years: a time in µs must fit a Lua number too."""
+Short = Annotated[str, Meta(max_length=256)]
+"""What stands in key names, and in the header of every entry."""
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,64}\Z")]
+"""Organisations and owners. No colon and no slash: these part the pieces of a key and of a queue's member."""
 
 
 class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
@@ -34,7 +40,7 @@ class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="ty
     """Who said it: `user:<id>`, `worker:<id>`, or `taskcast` itself."""
     message: str = ""
     """For people; machines read the other fields."""
-    agent: str = ""
+    agent: Short = ""
     """The agent inside the task that it is about; empty for the task as a whole."""
 
 
@@ -51,32 +57,32 @@ class Usage(Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request for work, in our words: what a dialect makes of its own request body."""
 
-    id: str
-    org: str
-    owner: str = ""
+    id: Annotated[str, Meta(pattern=rf"^{ID.pattern}\Z")]
+    org: Name
+    owner: Name | Literal[""] = ""
     """The submitting key's user; empty: nobody's."""
-    user: str = ""
-    agent: str = "default"
-    session: str = ""
-    parent: str = ""
-    trigger: str = ""
+    user: Short = ""
+    agent: Short = "default"
+    session: Annotated[str, Meta(pattern=rf"^({ID.pattern})?\Z")] = ""
+    parent: Short = ""
+    trigger: Short = ""
     """The agent that delegated."""
-    queue: str = "default"
+    queue: Short = "default"
     priority: Annotated[int, Meta(ge=0, le=2)] = 0
     """0 normal, 1 before those of the last minute, 2 before those of the last ten minutes."""
-    dialect: str = ""
+    dialect: Short = ""
     title: str = ""
     query: str = ""
     context: Json = {}
-    mode: str = ""
+    mode: Short = ""
     extra: Json = {}
     """What the dialect alone reads back."""
-    trace: str = ""
+    trace: Short = ""
     """The W3C traceparent that the work belongs to."""
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
-    deadline_seconds: Annotated[float, Meta(ge=0)] = 0
+    deadline_seconds: Seconds = 0
     """From acceptance to the end of the task; 0: none."""
-    delay_seconds: Annotated[float, Meta(ge=0)] = 0
+    delay_seconds: Seconds = 0
     submission: str
     """Random per request: the same one twice is a repeat, never a second task."""
     body_hash: str = ""
@@ -98,11 +104,11 @@ class Continued(Event, frozen=True, kw_only=True, tag="continued"):
     context: Json = {}
     extra: Json = {}
     submission: str
-    deadline_seconds: Annotated[float, Meta(ge=0)] = 0
+    deadline_seconds: Seconds = 0
 
 
 class Started(Event, frozen=True, kw_only=True, tag="started"):
-    worker: str
+    worker: Short
 
 
 class PauseAsked(Event, frozen=True, kw_only=True, tag="pause_asked"):
@@ -122,7 +128,7 @@ class Resumed(Event, frozen=True, kw_only=True, tag="resumed"):
 class Requeued(Event, frozen=True, kw_only=True, tag="requeued"):
     """The worker gave the task back: to retry after an error, or because it stops."""
 
-    delay_seconds: Annotated[float, Meta(ge=0)] = 0
+    delay_seconds: Seconds = 0
     refund: bool = False
     """The attempt does not count against `max_attempts` (a worker that stops in good order)."""
 
@@ -159,7 +165,7 @@ class Restated(Event, frozen=True, kw_only=True, tag="restated"):
 
     to: str = ""
     result: str | None = None
-    internal_status: str | None = None
+    internal_status: Annotated[str, Meta(max_length=255)] | None = None
 
 
 class Deleted(Event, frozen=True, kw_only=True, tag="deleted"):
@@ -230,7 +236,7 @@ class PlanUpdated(Event, frozen=True, kw_only=True, tag="plan_updated"):
 class Noted(Event, frozen=True, kw_only=True, tag="noted"):
     """Any other upper-case type that a worker names."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Z][A-Z0-9_]{0,63}$")]
+    name: Annotated[str, Meta(pattern=r"^[A-Z][A-Z0-9_]{0,63}\Z")]
     payload: Json = {}
 
 
@@ -285,6 +291,10 @@ def encode(event: AnyEvent) -> bytes:
         raise Invalid(f"The event cannot be written as JSON: {error}") from error
     if len(raw) > EVENT_BYTES_MAX:
         raise TooLarge(f"The event has {len(raw)} bytes; at most {EVENT_BYTES_MAX} are allowed.")
+    if isinstance(event, Completed | Restated) and event.result:
+        size = len(event.result.encode())
+        if size > RESULT_BYTES_MAX:
+            raise TooLarge(f"The result has {size} bytes; at most {RESULT_BYTES_MAX} are allowed.")
     decode(raw)  # msgspec checks bounds and patterns only when it decodes
     return raw
 

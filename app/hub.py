@@ -18,13 +18,14 @@ import asyncio
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from itertools import takewhile
 
 import structlog
 from msgspec import Struct
 
 from app.connect import Door, in_our_words
 from app.errors import NotFound, Unavailable
-from app.events import Entry
+from app.events import Entry, Submitted
 from app.log import Log, Logged, Partitions
 from app.snapshots import Snapshots
 from app.task import TERMINAL, Snapshot, Status
@@ -137,7 +138,7 @@ class Tail:
     def _replay_all(self) -> None:
         for subscriptions in self._listeners.values():
             for subscription in subscriptions:
-                subscription.replay()
+                subscription.restart()
 
     async def aclose(self) -> None:
         if self._task:
@@ -150,8 +151,8 @@ class Tail:
 class Subscription:
     """One reader of one task. Iterate it: pages of items, in order, without gap or duplicate, until it ended."""
 
-    BACKLOG_MAX = 1000
-    """Entries kept for a live reader. Beyond, they are dropped and read again from the store: no loss, no growth."""
+    BACKLOG_BYTES = 1024 * 1024
+    """Kept for a live reader. Beyond, they are dropped and read again from the store: no loss, no growth."""
 
     def __init__(self, log: Log, snapshots: Snapshots, org: str, task: str, after: str) -> None:
         self.org, self.task = org, task
@@ -160,20 +161,22 @@ class Subscription:
         self._seq = -1
         """Of the last entry given; -1 until the first page says where the cursor stands."""
         self._offered = 0
-        self._offered_status = Status.NEW
         self._live = False
+        self._again = False
+        """A replay was asked for since the last page was: that page says nothing about now."""
         self._backlog: deque[Logged] = deque()
+        self._backlog_bytes = 0
         self._wake = asyncio.Event()
 
     def offer(self, one: Logged) -> None:
         """An entry from the tail, in log order."""
         seq = one.entry.seq
         self._offered = max(self._offered, seq)
-        self._offered_status = one.after
         if self._live:
             due = self._backlog[-1].entry.seq + 1 if self._backlog else self._seq + 1
-            if seq == due and len(self._backlog) < self.BACKLOG_MAX:
+            if seq == due and self._backlog_bytes < self.BACKLOG_BYTES:
                 self._backlog.append(one)
+                self._backlog_bytes += one.entry.size
             elif seq >= due:
                 self.replay()
         self._wake.set()
@@ -181,8 +184,18 @@ class Subscription:
     def replay(self) -> None:
         """Live entries can no longer be trusted to be all: read the store again from the last one given."""
         self._live = False
-        self._backlog.clear()
+        self._again = True
+        self._drop()
         self._wake.set()
+
+    def restart(self) -> None:
+        """As `replay`, after a break: what was offered before it may never have been kept."""
+        self._offered = 0
+        self.replay()
+
+    def _drop(self) -> None:
+        self._backlog.clear()
+        self._backlog_bytes = 0
 
     async def __aiter__(self) -> AsyncIterator[list[Item]]:
         check = True
@@ -192,23 +205,29 @@ class Subscription:
                     self._wake.clear()
                     await self._wake.wait()
                     continue
-                taken = [*self._backlog]
-                self._backlog.clear()
-                items: list[Item] = [one.entry for one in taken if one.after is not Status.GONE]
-                self._after, self._seq = taken[-1].entry.id, taken[-1].entry.seq
-                if taken[-1].after in TERMINAL:
-                    items.append(Ended(last_id=self._after, seq=self._seq))
-                elif taken[-1].after is Status.GONE:
+                taken = [*takewhile(lambda one: one.after is not Status.GONE, self._backlog)]
+                items: list[Item] = [one.entry for one in taken]
+                gone = len(taken) < len(self._backlog)
+                self._drop()
+                if taken:
+                    self._after, self._seq = taken[-1].entry.id, taken[-1].entry.seq
+                if gone:  # what follows under this id is another task
                     items.append(Ended(last_id="", seq=self._seq))
+                elif taken[-1].after in TERMINAL:
+                    items.append(Ended(last_id=self._after, seq=self._seq))
                 yield items
                 if isinstance(items[-1], Ended):
                     return
                 continue
+            self._again = False
             page = await self._log.read(self.org, self.task, self._after, check=check)
             if page is None:
                 yield [Ended(last_id="", seq=max(self._seq, 0))]  # deleted meanwhile
                 return
             check = False
+            if self._seq > 0 and page.entries and isinstance(page.entries[0].event, Submitted):
+                yield [Ended(last_id="", seq=self._seq)]  # deleted, and its id used again
+                return
             if page.gap:
                 gap = await self._gap(page.gap, page.base_seq, page.last_seq)
                 if gap is None:
@@ -229,7 +248,7 @@ class Subscription:
             if page.status in TERMINAL:
                 yield [Ended(last_id=page.last_id, seq=page.last_seq)]
                 return
-            if self._offered <= self._seq:
+            if not self._again and self._offered <= self._seq:
                 self._live = True
 
     async def _gap(self, reason: str, base_seq: int, last_seq: int) -> Gap | None:

@@ -4,6 +4,7 @@ The partition's log allocates the id, so that ids of different tasks compare; th
 """
 
 import hashlib
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,13 +14,15 @@ from msgspec import Struct
 
 from app import events, keys
 from app.connect import BLOCK_SECONDS, Arg, Door
-from app.errors import Conflict, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
+from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
 from app.task import Status, rows
 
 PAGE_ENTRIES = 500
-"""Of history, per read; at most 500 × 256 KiB are held for one reader."""
+"""Of history, per read; a page also ends at 1 MiB."""
+CURSOR = re.compile(r"|[0-9]{1,15}-[0-9]{1,15}|seq:[0-9]{1,15}")
+"""Fits the script's numbers."""
 
 
 class Partitions:
@@ -41,13 +44,17 @@ class Partitions:
 async def open_partitions(door: Door, wanted: int) -> Partitions:
     """Reads, or in an empty store makes, what is fixed for its life. `wanted` 0: whatever is there, else 1.
 
-    Raises Misconfigured for another data format, another number of partitions, or an evicting server.
+    Raises Misconfigured for another data format, another number of partitions, an old or an evicting server.
     """
+    version = (await door.read("INFO", "server"))["redis_version"]
+    if int(version.split(".")[0]) < 7:
+        raise Misconfigured(f"The store is Redis {version}; Taskcast needs Redis 7.0 or newer, or Valkey.")
     found = (await door.read("INFO", "memory"))["maxmemory_policy"]
     if found != "noeviction":
         raise Misconfigured(
             f"The store's maxmemory-policy is {found}: it may drop tasks. Set it to noeviction and start again."
         )
+    await door.load()
     count = wanted or 1
     fresh = {
         "format": keys.FORMAT,
@@ -85,7 +92,7 @@ def limits(settings: Settings) -> str:
 
 
 class Appended(Struct, frozen=True):
-    """Where an event stands, or where the same one already stood (`duplicate`)."""
+    """Where an event stands, or where the same one already stood (`duplicate`; seq 0: too far back to look)."""
 
     seq: int
     id: str
@@ -139,12 +146,15 @@ class Log:
         A worker gives its fence, and n = 1, 2, 3 … per attempt; a control call gives a random `operation`: both make
         a repeat harmless. The ticker gives what it has `seen`: a set (`leases`, `due`) and the task's score there;
         if that moved, the append is Stale.
+        One append at a time per attempt: after a store's restart pipelined ones may arrive out of order.
         Raises NotFound, Conflict, Stale, OutOfOrder, TooLarge, Unavailable, Full.
         """
+        assert not isinstance(event, events.Submitted | events.Started | events.Deleted), "these have their own steps"
+        submission = event.submission if isinstance(event, events.Continued) else ""
         place, head = self._place(org, task)
         args: list[Arg] = [*head, org, task, events.tag(event), events.encode(event), rows(event)]
-        args += ["" if fence is None else fence, "" if n is None else n, operation, *seen]
-        repeat = bool(operation) or (fence is not None and n is not None) or bool(seen[0])
+        args += ["" if fence is None else fence, "" if n is None else n, operation, *seen, submission]
+        repeat = bool(operation or submission) or (fence is not None and n is not None) or bool(seen[0])
         answer = await self.door.run("append", [place], args, repeat=repeat)
         code = answer[0].decode()
         if code not in {"ok", "duplicate"}:
@@ -167,10 +177,14 @@ class Log:
     async def read(
         self, org: str, task: str, after: str, *, limit: int = PAGE_ENTRIES, check: bool = False
     ) -> "Page | None":
-        """Entries after a cursor: an id, `seq:N`, or empty for the start. None: no such task.
+        """Entries after a cursor: an id, `seq:N`, or empty for the start; at most `limit`, and about 1 MiB.
+
+        None: no such task. Raises Invalid for what is no cursor.
 
         `check` says that the cursor comes from outside, so that an id nobody gave is a gap, `unknown`.
         """
+        if not CURSOR.fullmatch(after):
+            raise Invalid(f"Not a cursor: {after}")
         tag = self.partitions.tag(org, task)
         names = [keys.key(tag, kind, org, task) for kind in ("events", "task", "base")]
         args: list[Arg] = [keys.prefix(tag), self._limits, after, limit, "1" if check else ""]
@@ -302,6 +316,8 @@ def refusal(code: str, event: AnyEvent, status: str) -> TaskcastError:
             return Stale("This attempt is over: the task was taken from this worker.", status)
         case "out_of_order":
             return OutOfOrder("An earlier event of this attempt is missing.", status)
+        case "sum_full":
+            return TooLarge("The task's or its session's usage would exceed what can be counted (2^53 - 1).")
         case "text_full":
             return TooLarge(f"The task's text would exceed {events.TEXT_BYTES_MAX} bytes.")
         case _:

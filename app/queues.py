@@ -64,7 +64,7 @@ class Queues:
                 free - len(claimed),
                 self.lease_ms,
             ]
-            args += [events.encode(event), rows(event), *queues]
+            args += [events.encode(event), rows(event), *dict.fromkeys(queues)]
             raw = await self.door.run("claim", [keys.key(tag, "leases")], args, repeat=True)
             claimed += [Claimed(org.decode(), task.decode(), int(fence)) for org, task, fence in raw]
         return claimed

@@ -8,11 +8,13 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from app import keys
 from app.connect import Arg, Door
 from app.errors import TaskcastError
+from app.events import Submitted
 from app.log import Partitions, entry, limits
 from app.settings import Settings
 from app.task import EMPTY, LEASED, OPEN, QUEUED, TERMINAL, Snapshot, Status, Task, apply, task
@@ -154,119 +156,155 @@ class Snapshots:
 
     async def delete_session(self, org: str, owner: str, id_: str) -> None:
         """Forgets the session, not its tasks; a later task of the same session id begins it again."""
-        home = self._session_home(org, owner, id_)
-        seconds, micros = await self.door.read("TIME")
-        await self.door.call("HSET", home, "deleted_at", int(seconds) * 1_000_000 + int(micros), repeat=True)
-        await self.door.call("HDEL", home, "title", repeat=True)
         for tag in self.partitions.tags:
-            await self.door.call("ZREM", keys.key(tag, "sessions", org, owner), id_, repeat=True)
+            names = [keys.key(tag, "sessions", org, owner), keys.key(tag, "totals", org, owner, id_)]
+            await self.door.run("forget", names, [keys.prefix(tag), self._limits, id_], repeat=True)
+        await self.door.call("DEL", self._session_home(org, owner, id_), repeat=True)
 
-    async def session_deleted_at(self, org: str, owner: str, id_: str) -> int:
-        """µs; 0: never."""
-        return int(await self.door.read("HGET", self._session_home(org, owner, id_), "deleted_at") or 0)
+    async def session_was_deleted(self, org: str, owner: str, id_: str) -> bool:
+        """It had tasks, and has tasks still, but none since it was deleted."""
+        for tag in self.partitions.tags:
+            if await self.door.read("HEXISTS", keys.key(tag, "totals", org, owner, id_), "deleted_at"):
+                return True
+        return False
 
     # Proof. Only these two scan.
 
     async def verify(self) -> AsyncIterator[Difference]:
-        """Every way in which snapshots, indexes and sets differ from the fold of the log."""
+        """Every way in which snapshots, indexes and sets differ from the fold of the log.
+
+        Exact on a store that nobody writes to; on a live one, changes under way may show as differences of sets.
+        """
         for tag in self.partitions.tags:
-            expected = Expected()
+            expected = Expected(await self._forgotten(tag))
+            known: set[str] = set()
             async for org, id_ in self._tasks(tag):
-                try:
-                    folded = await self._fold(tag, org, id_)
-                except TaskcastError as error:
-                    yield Difference(id_, f"its events cannot be folded: {error}")
-                    continue
-                stored = await self.snapshot(org, id_)
-                if folded is None:
-                    yield Difference(id_, "its events have a hole")
-                    continue
-                if stored is None or stored.fields != folded.fields:
-                    have = stored.fields if stored else {}
-                    names = sorted(k for k in {*have, *folded.fields} if have.get(k) != folded.fields.get(k))
-                    yield Difference(id_, f"its snapshot differs from its events in {', '.join(names)}")
-                elif stored.text != folded.text:
-                    yield Difference(id_, "its text differs from its events")
-                expected.add(tag, org, folded, await self._forgotten(org, folded))
+                known.add(f"{org}:{id_}")
+                # Folded and read in two steps: what moved in between is looked at once more.
+                found = await self._verify_task(tag, org, id_) and await self._verify_task(tag, org, id_)
+                for difference in found:
+                    yield difference
+                folded = await self._fold(tag, org, id_)
+                if folded and folded.fields:
+                    expected.add(tag, org, folded)
+            for kind in ("task", "text", "next", "next-text", "base", "base-text"):
+                start = f"{keys.prefix(tag)}{kind}:"
+                async for name in self._scan(f"{start}*"):
+                    if name.removeprefix(start) not in known:
+                        yield Difference(name, "belongs to no task")
             async for difference in self._verify_sets(tag, expected):
                 yield difference
 
+    async def _verify_task(self, tag: str, org: str, id_: str) -> list[Difference]:
+        names = [keys.key(tag, kind, org, id_) for kind in ("next", "next-text")]
+        raw = await self.door.run("snapshot", names, [], repeat=True, slow=True)
+        mark = Snapshot(fields=_fields(raw[0]), text=raw[1])
+        passed: list[Snapshot] = []
+        folded = await self._fold(tag, org, id_, until=mark.fields.get("last_seq", ""), passed=passed)
+        stored = await self.snapshot(org, id_) or EMPTY
+        if folded is None:
+            return [Difference(id_, "its events have a hole, or are not a task's")]
+        if mark.fields and passed != [mark]:
+            return [Difference(id_, "the copy kept for trimming differs from its events")]
+        if stored.fields != folded.fields:
+            names = sorted({*stored.fields.items()} ^ {*folded.fields.items()})
+            fields = ", ".join(dict.fromkeys(name for name, _ in names))
+            return [Difference(id_, f"its snapshot differs from its events in {fields}")]
+        if stored.text != folded.text:
+            return [Difference(id_, "its text differs from its events")]
+        return []
+
     async def _verify_sets(self, tag: str, expected: "Expected") -> AsyncIterator[Difference]:
-        async for name in self._scan(f"{keys.prefix(tag)}index:*"):
-            expected.sets.setdefault(name, {})
-        for name, members in expected.sets.items():
-            stored = dict(_scores(await self.door.read("ZRANGE", name, 0, -1, "WITHSCORES")))
-            for id_ in sorted(stored.keys() ^ members.keys()):
-                yield Difference(id_, f"{name} {'holds it wrongly' if id_ in stored else 'lacks it'}")
-        for name, (kind, members) in expected.queues(tag).items():
+        sets = expected.scored(tag)
+        for pattern in ("index:*", "sessions:*", "ready:*"):
+            async for name in self._scan(keys.prefix(tag) + pattern):
+                sets.setdefault(name, {})
+        for name, members in sets.items():
             stored = dict(_scores(await self.door.read("ZRANGE", name, 0, -1, "WITHSCORES")))
             for member in sorted(stored.keys() ^ members.keys()):
-                yield Difference(member, f"the {kind} set {'holds it wrongly' if member in stored else 'lacks it'}")
+                yield Difference(member, f"{name} {'holds it wrongly' if member in stored else 'lacks it'}")
+            for member in sorted(stored.keys() & members.keys()):
+                # When a lease ends is nobody's event.
+                if stored[member] != members[member] and name != keys.key(tag, "leases"):
+                    yield Difference(member, f"{name} has it in a wrong place")
+        async for name in self._scan(f"{keys.prefix(tag)}totals:*"):
+            expected.totals.setdefault(name, {})
+        for name, sums in expected.totals.items():
+            if _fields(await self.door.read("HGETALL", name)) != {k: str(v) for k, v in sums.items() if v}:
+                yield Difference(name, "a session's totals differ from its tasks")
         if int(await self.door.read("HGET", keys.key(tag, "count"), "tasks") or 0) != expected.tasks:
             yield Difference(tag, "the number of tasks differs")
-        for name, sums in expected.totals.items():
-            stored_sums = _fields(await self.door.read("HGETALL", name))
-            if {k: v for k, v in stored_sums.items() if v != "0"} != {k: str(v) for k, v in sums.items() if v}:
-                yield Difference(name, "a session's totals differ from its tasks")
 
-    async def rebuild(self) -> int:
+    async def rebuild(self) -> tuple[int, list[str]]:
         """Writes snapshots, text, indexes, queues and deadlines again, from the tasks' streams alone.
 
         Run it while nobody else uses the store. Running tasks get a lease that has already ended, so that the
-        ticker requeues them. Returns the number of tasks.
+        ticker requeues them. Answers the number of tasks, and the ids of those whose events are damaged: their keys
+        are left as they are, and no list or queue holds them.
         """
-        count = 0
+        count, damaged = 0, []
         for tag in self.partitions.tags:
-            expected = Expected()
+            expected = Expected(await self._forgotten(tag))
             tasks = [pair async for pair in self._tasks(tag)]
-            for pattern in ("index:*", "sessions:*", "totals:*", "ready:*", "leases", "due", "ended"):
-                async for name in self._scan(keys.prefix(tag) + pattern):
-                    await self.door.call("DEL", name)
             for org, id_ in tasks:
                 folded = await self._fold(tag, org, id_)
                 if folded is None:
-                    raise TaskcastError(f"The events of task {id_} have a hole; nothing of it was rebuilt.")
+                    damaged.append(id_)
+                    continue
                 await self._write(keys.key(tag, "task", org, id_), "HSET", _flat(folded.fields))
                 text = keys.key(tag, "text", org, id_)
                 await self.door.call("DEL", text)
                 if folded.text:
                     await self.door.call("SET", text, folded.text)
-                expected.add(tag, org, folded, await self._forgotten(org, folded))
+                expected.add(tag, org, folded)
                 count += 1
-            for name, members in expected.sets.items():
-                await self._write(name, "ZADD", [word for id_, score in members.items() for word in (score, id_)])
-            for name, (_, scores) in expected.queues(tag).items():
-                words = [word for member, score in scores.items() for word in (score, member)]
-                await self._write(name, "ZADD", words)
+            for pattern in ("index:*", "sessions:*", "totals:*", "ready:*"):
+                async for name in self._scan(keys.prefix(tag) + pattern):
+                    await self.door.call("DEL", name)
+            for name, members in expected.scored(tag).items():
+                await self._write(name, "ZADD", [word for member, score in members.items() for word in (score, member)])
             for name, sums in expected.totals.items():
                 await self._write(name, "HSET", _flat({k: str(v) for k, v in sums.items() if v}))
             await self.door.call("HSET", keys.key(tag, "count"), "tasks", expected.tasks)
-        return count
+        return count, damaged
 
-    async def _forgotten(self, org: str, folded: Snapshot) -> int:
-        session = folded.fields.get("session")
-        return await self.session_deleted_at(org, folded.fields.get("owner", ""), session) if session else 0
+    async def _forgotten(self, tag: str) -> dict[str, int]:
+        """A session's totals key → when the session was deleted, µs."""
+        found = {}
+        async for name in self._scan(f"{keys.prefix(tag)}totals:*"):
+            if at := await self.door.read("HGET", name, "deleted_at"):
+                found[name] = int(at)
+        return found
 
     async def _write(self, name: str, command: str, words: list[Any]) -> None:
         await self.door.call("DEL", name)
         for i in range(0, len(words), 2000):
             await self.door.call(command, name, *words[i : i + 2000])
 
-    async def _fold(self, tag: str, org: str, id_: str) -> Snapshot | None:
-        """The fold of the task's stream over its base; None when a sequence number is missing."""
-        base = await self.snapshot(org, id_, base=True)
-        snapshot = base or EMPTY
+    async def _fold(
+        self, tag: str, org: str, id_: str, *, until: str = "", passed: list[Snapshot] | None = None
+    ) -> Snapshot | None:
+        """The fold of the task's stream over its base; None when it cannot be folded.
+
+        The state at the entry numbered `until` is put into `passed`.
+        """
+        snapshot = await self.snapshot(org, id_, base=True) or EMPTY
         seq = int(snapshot.fields.get("last_seq", "0"))
         after = "-"
-        while raw := await self.door.read("XRANGE", keys.key(tag, "events", org, id_), after, "+", "COUNT", 500):
-            for raw_id, fields in raw:
-                found = entry(id_, raw_id, _flat_bytes(fields))
-                # A reused id goes on from its tombstone: its first event need not be number 1.
-                if found.seq != seq + 1 and seq:
-                    return None
-                snapshot, seq = apply(snapshot, found), found.seq
-                after = f"({found.id}"
-        return snapshot
+        try:
+            while raw := await self.door.read("XRANGE", keys.key(tag, "events", org, id_), after, "+", "COUNT", 100):
+                for raw_id, fields in raw:
+                    found = entry(id_, raw_id, _flat_bytes(fields))
+                    # A reused id goes on from its tombstone: its first event need not be number 1.
+                    if found.seq != seq + 1 and (seq or not isinstance(found.event, Submitted)):
+                        return None
+                    snapshot, seq = apply(snapshot, found), found.seq
+                    if passed is not None and snapshot.fields.get("last_seq") == until:
+                        passed.append(snapshot)
+                    after = f"({found.id}"
+            return snapshot if task(snapshot.fields) else None
+        except (TaskcastError, msgspec.ValidationError, KeyError, ValueError):
+            return None
 
     async def _tasks(self, tag: str) -> AsyncIterator[tuple[str, str]]:
         start = f"{keys.prefix(tag)}events:"
@@ -304,7 +342,7 @@ class Snapshots:
         names = [*sources]
         tags = self.partitions.tags
         # One partition pages by itself; of several each answers with all that may stand on the page.
-        skip, count = (offset, limit) if len(tags) == 1 else (0, offset + limit)
+        skip, count = (offset, limit) if len(tags) == 1 else (0, min(offset + limit, WALK_MAX))
         filter_ = json.dumps({name: list(values) for name, values in (where or {}).items()})
         found: list[tuple[int, str, Task]] = []
         total, capped = 0, False
@@ -320,13 +358,16 @@ class Snapshots:
         if len(tags) > 1:
             found.sort(key=lambda item: item[:2], reverse=True)
             found = found[offset : offset + limit]
+            capped = capped or WALK_MAX < min(offset + limit, total)
         return Listed([item[2] for item in found], total, capped)
 
 
 class Expected:
     """What indexes, queues and totals have to hold, gathered from folded snapshots. Mirrors `lua/commit.lua`."""
 
-    def __init__(self) -> None:
+    def __init__(self, forgotten: Mapping[str, int]) -> None:
+        """`forgotten`: a session's totals key → when it was last deleted, µs."""
+        self._forgotten = forgotten
         self.sets: dict[str, dict[str, int]] = defaultdict(dict)
         self.totals: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._waiting: dict[str, dict[str, int]] = defaultdict(dict)
@@ -335,8 +376,7 @@ class Expected:
         self._ended: dict[str, int] = {}
         self.tasks = 0
 
-    def add(self, tag: str, org: str, folded: Snapshot, forgotten: int) -> None:
-        """`forgotten`: when its session was last deleted, µs."""
+    def add(self, tag: str, org: str, folded: Snapshot) -> None:
         found = task(folded.fields)
         scope = f"{found.owner}:{found.session}"
         whole = {"agent": found.agent, "user": found.user, "session": scope if found.session else ""}
@@ -351,13 +391,15 @@ class Expected:
         for place in places:
             self.sets[keys.index(tag, org, *place)][found.id] = found.created_at
         member = keys.member(org, found.id)
-        if found.session and found.created_at > forgotten:
-            seen = self.sets[keys.key(tag, "sessions", org, found.owner)]
-            seen[found.session] = min(found.created_at, seen.get(found.session, found.created_at))
         if found.session:
-            sums = self.totals[keys.key(tag, "totals", org, found.owner, found.session)]
+            totals = keys.key(tag, "totals", org, found.owner, found.session)
+            sums = self.totals[totals]
             for name in ("input_tokens", "output_tokens", "cost_nano"):
                 sums[name] += int(folded.fields.get(name, "0"))
+            sums["deleted_at"] = self._forgotten.get(totals, 0)
+            if found.created_at > sums["deleted_at"]:
+                seen = self.sets[keys.key(tag, "sessions", org, found.owner)]
+                seen[found.session] = min(found.created_at, seen.get(found.session, found.created_at))
         if found.status is QUEUED:
             head_start = {1: 60_000_000, 2: 600_000_000}.get(found.priority, 0)
             self._waiting[found.queue][member] = found.ready_at or found.queued_at - head_start
@@ -370,14 +412,14 @@ class Expected:
             self._ended[member] = found.finished_at
         self.tasks += 1
 
-    def queues(self, tag: str) -> dict[str, tuple[str, dict[str, int]]]:
-        """Key → what it is, and member → score."""
-        ready = {keys.key(tag, "ready", queue): ("ready", members) for queue, members in self._waiting.items()}
+    def scored(self, tag: str) -> dict[str, dict[str, int]]:
+        """Every sorted set of the partition: key → member and score."""
         return {
-            **ready,
-            keys.key(tag, "leases"): ("lease", self._leased),
-            keys.key(tag, "due"): ("deadline", self._due),
-            keys.key(tag, "ended"): ("ended", self._ended),
+            **self.sets,
+            **{keys.key(tag, "ready", queue): members for queue, members in self._waiting.items()},
+            keys.key(tag, "leases"): self._leased,
+            keys.key(tag, "due"): self._due,
+            keys.key(tag, "ended"): self._ended,
         }
 
 

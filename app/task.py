@@ -124,7 +124,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """`add` to, or `remove` from, the tasks that have ended."""
 
 
-ENDED = ("error", "result", "result_type", "finished_at", "cancel_reason", "cancelled_by")
+ENDED = ("deadline_at", "error", "result", "result_type", "finished_at", "cancel_reason", "cancelled_by")
 PAUSE = ("paused_at", "pause_reason", "paused_by")
 
 
@@ -134,7 +134,12 @@ def targets(event: AnyEvent) -> dict[Status, Status]:
         if not event.to:
             return {status: status for status in STORED}
         to = Status(event.to)
-        return {status: to for status, allowed in RESTATED.items() if to in allowed or to is status}
+        # Without an attempt nobody can be paused: resumed, it would run for ever with nobody running it.
+        return {
+            status: HELD if to is PAUSED and status not in LEASED else to
+            for status, allowed in RESTATED.items()
+            if to in allowed or to is status or (to is PAUSED and status in TERMINAL)
+        }
     return TABLE[type(event)]
 
 
@@ -161,7 +166,7 @@ def _change(event: AnyEvent, before: Status, after: Status) -> Change:
         row,
         status=after.value,
         stamp=tuple(stamp),
-        clear=tuple(name for name in clear if name not in row.set),
+        clear=tuple(name for name in clear if name not in row.set and name not in row.later),
         ready="add" if after is QUEUED else "remove" if before is QUEUED else "",
         lease="remove" if before in LEASED and after not in LEASED else "",
         due="remove" if after in TERMINAL or after is GONE else row.due,

@@ -1,4 +1,4 @@
--- What every script that appends shares: it stands before each of them (`app/log.py` joins the files).
+-- What scripts share: it stands before each of them that is not self-contained (`app/connect.py` joins the files).
 --
 -- Lua does not roll back: `prepare` checks everything and calls TYPE on every key that will be written, so that
 -- during a slot migration the script stops before its first write; `write` then cannot fail.
@@ -13,6 +13,8 @@ LOG_BYTES_PER_MARK = tonumber(LOG_BYTES_PER_MARK)
 local LOG_MARKS = 64
 local TEXT_BYTES = 196608
 local WAKE_TOKENS = 64
+-- The largest whole number that Lua holds exactly.
+local SUM_MAX = 9007199254740991
 -- Priorities 0, 1, 2 count as if the task had waited so many µs longer.
 local HEAD_START = { ['1'] = 60000000, ['2'] = 600000000 }
 
@@ -22,6 +24,16 @@ local function digits(number) return string.format('%.0f', number) end
 local function key(kind, rest)
   if rest then return PREFIX .. kind .. ':' .. rest end
   return PREFIX .. kind
+end
+
+-- The store's time in µs: never before the log's last id, wherever the clock of this server stands, so that what an
+-- entry's time made ready, leased or due is so at once.
+local function now_us()
+  local now = redis.call('TIME')
+  local us = tonumber(now[1]) * 1000000 + tonumber(now[2])
+  local last = redis.call('XREVRANGE', key('log'), '+', '-', 'COUNT', 1)[1]
+  local ms = last and tonumber(string.match(last[1], '^(%d+)')) or 0
+  return math.max(us, ms * 1000)
 end
 
 local NAMES = { 'status', 'last_seq', 'size', 'fence', 'attempt', 'n', 'owner', 'user', 'agent', 'session', 'parent',
@@ -126,9 +138,16 @@ local function prepare(plan)
   end
   for _, name in ipairs(plan.join) do touch('zset', name) end
   for _, name in ipairs(plan.leave) do touch('zset', name) end
-  if after.session and change.spend then
-    plan.totals = key('totals', org .. ':' .. (after.owner or '') .. ':' .. after.session)
-    touch('hash', plan.totals)
+  if change.spend then
+    if after.session then
+      plan.totals = key('totals', org .. ':' .. (after.owner or '') .. ':' .. after.session)
+      touch('hash', plan.totals)
+    end
+    for name, count in pairs(change.spend) do
+      for _, sums in ipairs({ plan.task, plan.totals }) do
+        if tonumber(redis.call('HGET', sums, name) or '0') + count > SUM_MAX then return 'sum_full' end
+      end
+    end
   end
   if change.ready then
     touch('zset', key('ready', after.queue))
@@ -188,8 +207,9 @@ local function log_entry(plan, before, after)
     'seq', digits(plan.seq), 'us', now[1] .. ' ' .. now[2], 'type', plan.type, 'fence', f.fence,
     'attempt', f.attempt, 'worker-n', plan.n, 'event', plan.event)
   -- One mark per so many bytes; with the 65th the oldest share goes.
-  local bytes = redis.call('HINCRBY', key('count'), 'bytes', #plan.event + 300)
-  if math.floor(bytes / LOG_BYTES_PER_MARK) ~= math.floor((bytes - #plan.event - 300) / LOG_BYTES_PER_MARK) then
+  local size = #plan.event + #(f.owner or '') + #(f.user or '') + #(f.agent or '') + #(f.session or '') + 400
+  local bytes = redis.call('HINCRBY', key('count'), 'bytes', size)
+  if math.floor(bytes / LOG_BYTES_PER_MARK) ~= math.floor((bytes - size) / LOG_BYTES_PER_MARK) then
     if redis.call('RPUSH', key('marks'), id) > LOG_MARKS then
       redis.call('XTRIM', key('log'), 'MINID', '=', redis.call('LPOP', key('marks')))
     end

@@ -35,7 +35,21 @@ if fields.session then
     redis.call('ZREM', key('sessions', org .. ':' .. owner), fields.session)
   else
     for i, name in ipairs({ 'input_tokens', 'output_tokens', 'cost_nano' }) do
-      if spent[i] then redis.call('HINCRBY', totals, name, '-' .. spent[i]) end
+      if spent[i] and redis.call('HINCRBY', totals, name, '-' .. spent[i]) == 0 then
+        redis.call('HDEL', totals, name)
+      end
+    end
+    -- The session begins with the oldest task that it still has.
+    local sessions = key('sessions', org .. ':' .. owner)
+    local began = redis.call('ZSCORE', sessions, fields.session)
+    if began then
+      local index = key('index', org .. ':session:' .. owner .. ':' .. fields.session)
+      local first = redis.call('ZRANGEBYSCORE', index, began, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+      if first[1] then
+        redis.call('ZADD', sessions, first[2], fields.session)
+      else
+        redis.call('ZREM', sessions, fields.session)
+      end
     end
   end
 end

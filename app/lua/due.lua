@@ -1,8 +1,7 @@
 -- What the ticker has to look at: expired leases and passed deadlines. Only lists; Python decides and appends.
 -- KEYS[1] the partition's lease set, KEYS[2] its due set. ARGV: at most so many of each.
 -- Answers {'leases' or 'due', member, score, attempt, max_attempts} tuples.
-local now = redis.call('TIME')
-local now_ms = digits(tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000))
+local now_ms = digits(math.floor(now_us() / 1000))
 local answer = {}
 for i, what in ipairs({ 'leases', 'due' }) do
   local found = redis.call('ZRANGEBYSCORE', KEYS[i], '-inf', now_ms, 'WITHSCORES', 'LIMIT', 0, ARGV[3])

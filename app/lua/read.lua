@@ -2,6 +2,7 @@
 -- KEYS[1] the task's events, KEYS[2] its snapshot, KEYS[3] its base, KEYS[4] the partition's log.
 -- ARGV: after (an id; '' from the start; 'seq:N'), page size, check ('1': the id must be one that we gave).
 -- Answers {status, last_seq, last_event_id, base_seq, base_event_id, gap, entries}; no such task: {}.
+local PAGE_BYTES = 1048576
 local task = redis.call('HMGET', KEYS[2], 'status', 'last_seq', 'last_event_id', 'size')
 if not task[1] then return {} end
 local base = redis.call('HMGET', KEYS[3], 'last_seq', 'last_event_id')
@@ -23,22 +24,29 @@ if seq then
   seq = tonumber(seq)
   if seq > last_seq then return answer('ahead', {}) end
   if seq < base_seq then return answer('trimmed', {}) end
-  -- Sequence numbers are dense, so the place is a count, from whichever end is nearer.
   if seq == last_seq then return answer('', {}) end
-  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
-  local first_seq = base_seq + 1
-  for i = 1, #first[2], 2 do
-    if first[2][i] == 'seq' then first_seq = tonumber(first[2][i + 1]) end
+  -- Bisects by time: the last millisecond whose first entry is not after seq holds the entry number seq.
+  local function first_at(from, to)
+    local found = redis.call('XRANGE', KEYS[1], from, to, 'COUNT', 1)[1]
+    if not found then return nil end
+    for i = 1, #found[2], 2 do
+      if found[2][i] == 'seq' then return tonumber(found[2][i + 1]), found[1] end
+    end
   end
-  local skip = seq - first_seq + 1
-  if skip <= 0 then
+  local first_seq, first_id = first_at('-', '+')
+  if first_seq > seq then
     after = ''
-  elseif last_seq - seq < skip then
-    local tail = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', last_seq - seq + 1)
-    after = tail[#tail][1]
   else
-    local head = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', skip)
-    after = head[#head][1]
+    local low, high = tonumber(string.match(first_id, '^%d+')), tonumber(string.match(task[3], '^%d+'))
+    while low < high do
+      local middle = math.ceil((low + high) / 2)
+      local found = first_at(string.format('%.0f', middle), '+')
+      if found and found <= seq then low = middle else high = middle - 1 end
+    end
+    local ms = string.format('%.0f', low)
+    local found, id = first_at(ms, ms)
+    while found < seq do found, id = first_at('(' .. id, ms) end
+    after = id
   end
 elseif after ~= '' then
   if before(task[3], after) then return answer('ahead', {}) end
@@ -54,4 +62,16 @@ elseif after ~= '' then
 elseif base[1] then
   return answer('trimmed', {})
 end
-return answer('', redis.call('XRANGE', KEYS[1], after == '' and '-' or '(' .. after, '+', 'COUNT', count))
+-- In small steps, so that a page of large events ends at PAGE_BYTES and not at 500 × 256 KiB.
+local entries, bytes, from = {}, 0, after == '' and '-' or '(' .. after
+while #entries < count and bytes < PAGE_BYTES do
+  local found = redis.call('XRANGE', KEYS[1], from, '+', 'COUNT', math.min(count - #entries, 50))
+  if #found == 0 then break end
+  for _, entry in ipairs(found) do
+    if bytes >= PAGE_BYTES then break end
+    entries[#entries + 1] = entry
+    for i = 2, #entry[2], 2 do bytes = bytes + #entry[2][i] end
+  end
+  from = '(' .. entries[#entries][1]
+end
+return answer('', entries)

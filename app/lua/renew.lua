@@ -1,8 +1,7 @@
 -- Keeps a worker's leases. KEYS[1] the partition's lease set.
 -- ARGV: lease (ms), then org, id, fence per task. Answers one status per task: '' when the fence is stale or the
 -- task is not leased, so that the worker stops its handler.
-local now = redis.call('TIME')
-local expires = tonumber(now[1]) * 1000 + math.floor(tonumber(now[2]) / 1000) + tonumber(ARGV[3])
+local expires = math.floor(now_us() / 1000) + tonumber(ARGV[3])
 local answer = {}
 for i = 4, #ARGV, 3 do
   local member = ARGV[i] .. '/' .. ARGV[i + 1]

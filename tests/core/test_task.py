@@ -12,6 +12,7 @@ from app.task import (
     CONSTANT,
     EMPTY,
     HELD,
+    LEASED,
     NEW,
     PAUSED,
     QUEUED,
@@ -135,9 +136,11 @@ def test_the_cells_above_are_the_whole_table() -> None:
 def test_every_status_that_an_owner_may_state(before: Status, to: Status) -> None:
     event = events.Restated(to=to.value)
     # An ended task can be re-opened as held, and stating what is so changes nothing; xpander's contract §3.5.
-    allowed = before not in TERMINAL or to in {HELD, before}
+    # Nobody can be paused where no attempt lives: that is held.
+    allowed = before not in TERMINAL or to in {HELD, PAUSED, before}
     if allowed:
-        assert apply(in_status(before), entry(event, 2)).status is to
+        expected = HELD if to is PAUSED and before not in LEASED else to
+        assert apply(in_status(before), entry(event, 2)).status is expected
     else:
         with pytest.raises(Conflict):
             apply(in_status(before), entry(event, 2))

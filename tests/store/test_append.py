@@ -110,10 +110,10 @@ async def test_text_beyond_192_kib_is_refused_and_the_text_so_far_stays(store: S
 
 async def test_values_that_look_like_lua_or_placeholders_stay_what_they_are(store: Store) -> None:
     odd = "@at '\"\\ \x00\x1e\x7f\u2028 ]] %d 🎈"
-    await store.submit(submission(query=odd, title="@id", session="@seq", context={"@at": odd}))
+    await store.submit(submission(query=odd, title="@id", user="@seq", agent="a:b/c\x00", context={"@at": odd}))
     task = await store.get("o", "t")
     assert task is not None
-    assert (task.query, task.title, task.session, task.context) == (odd, "@id", "@seq", {"@at": odd})
+    assert (task.query, task.title, task.user, task.context) == (odd, "@id", "@seq", {"@at": odd})
     assert [d async for d in store.snapshots.verify()] == []
 
 

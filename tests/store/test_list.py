@@ -93,7 +93,7 @@ async def test_a_deleted_session_is_gone_until_a_new_task_begins_it_again(store:
     await store.snapshots.retitle_session("o", "u", "s", "Old")
     await store.snapshots.delete_session("o", "u", "s")
     assert await store.snapshots.session("o", "u", "s") is None
-    assert await store.snapshots.session_deleted_at("o", "u", "s") > 0
+    assert await store.snapshots.session_was_deleted("o", "u", "s")
     assert [d async for d in store.snapshots.verify()] == []
     await submit(store, "t1", session="s")
     session = await store.snapshots.session("o", "u", "s")
@@ -113,6 +113,6 @@ async def test_verify_names_what_somebody_else_changed(store: Store) -> None:
     found = [f"{one.task}: {one.what}" for one in [d async for d in store.snapshots.verify()]]
     assert any("title" in line for line in found)
     assert any("holds it wrongly" in line for line in found)
-    assert any("ready set lacks it" in line for line in found)
+    assert any("ready:default lacks it" in line for line in found)
     await store.snapshots.rebuild()
     assert [d async for d in store.snapshots.verify()] == []
