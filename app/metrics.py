@@ -4,9 +4,13 @@ Names follow Prometheus' rules: units last, counters end in `_total`. Whoever do
 knows better than a process (queues, leases, the log) is read when somebody scrapes (`ops.py`).
 """
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
 
-REGISTRY_OF_ALL = REGISTRY
+from prometheus_client import Counter, Gauge, Histogram
+
+from app import keys
 
 # What happens to tasks, as this process sees it in the log, from its first scrape on: all tasks, whoever moved them.
 TASKS_SUBMITTED = Counter("taskcast_tasks_submitted", "Tasks that were accepted, new turns included.")
@@ -26,7 +30,7 @@ STREAMS_ABORTED = Counter(
 GAPS = Counter("taskcast_gaps", "Gaps that readers were told of, by reason.", ["reason"])
 STALE = Counter("taskcast_stale_refusals", "Events refused because their attempt was over.")
 STORE_ERRORS = Counter("taskcast_store_errors", "Calls that the store did not answer, by code.", ["code"])
-TICKS_FAILED = Counter("taskcast_ticks_failed", "Rounds of the ticker that failed.")
+CHORES_FAILED = Counter("taskcast_chores_failed", "Rounds of the ticker, or of forgetting, that failed.", ["chore"])
 REQUESTS = Counter("taskcast_requests", "Requests that were answered.", ["route", "method", "status"])
 # Up to the read timeout of clients, 30 s; streams are not in it, they last as long as they should.
 REQUEST_SECONDS = Histogram(
@@ -43,4 +47,24 @@ QUEUE_OLDEST_SECONDS = Gauge(
 )
 LEASES = Gauge("taskcast_leases", "Tasks that a worker holds.", ["partition"])
 LOG_ENTRIES = Gauge("taskcast_log_entries", "Entries that a partition's log keeps.", ["partition"])
-LOG_NUMBER = Gauge("taskcast_log_events", "Events that a partition ever saw: its dense counter.", ["partition"])
+TASKS = Gauge("taskcast_tasks", "Tasks that a partition holds, ended ones included.", ["partition"])
+
+
+async def measure(read: Callable[..., Awaitable[Any]], tags: Iterable[str], queues: Iterable[str]) -> None:
+    """Sets the gauges above. `read` asks the store one command; there is no list of queues, so who asks names them."""
+    depth = dict.fromkeys(queues, 0)
+    oldest = dict.fromkeys(depth, 0.0)
+    for tag in tags:
+        count = await read("HMGET", keys.key(tag, "count"), "tasks")
+        TASKS.labels(tag).set(int(count[0] or 0))
+        LEASES.labels(tag).set(await read("ZCARD", keys.key(tag, "leases")))
+        LOG_ENTRIES.labels(tag).set(await read("XLEN", keys.key(tag, "log")))
+        for queue in depth:
+            name = keys.key(tag, "ready", queue)
+            depth[queue] += await read("ZCARD", name)
+            for first in await read("ZRANGE", name, 0, 0):
+                queued_at = float(await read("ZSCORE", name, first) or time.time() * 1_000_000)
+                oldest[queue] = max(oldest[queue], time.time() - queued_at / 1_000_000)
+    for queue, tasks in depth.items():
+        QUEUE_TASKS.labels(queue).set(tasks)
+        QUEUE_OLDEST_SECONDS.labels(queue).set(oldest[queue])

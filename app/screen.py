@@ -6,9 +6,10 @@ which it could steer a terminal, never reach it.
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -27,6 +28,7 @@ STYLES = {
     "cancelled": "magenta",
     "timed out": "red",
 }
+ENDED = {"completed", "failed", "cancelled", "timed out"}
 FINAL_OUTPUT = "final_output"
 """The agent whose text is the answer."""
 TAIL_CHARACTERS = 20_000
@@ -74,6 +76,7 @@ class View:
         self.dropped = False
         """The last event made the text shown so far void: another attempt, or another turn, writes it anew."""
         self._began = time.monotonic()
+        self._spinner = Spinner("dots", style="blue")
 
     def take(self, event: str, data: Json) -> None:
         self.notice, self.dropped = "", False
@@ -157,7 +160,8 @@ class View:
             (f"  attempt {self.attempt}" if self.attempt > 1 else "", "yellow"),
             (f"  {duration(self.seconds)}", "dim"),
         )
-        lines: list[RenderableType] = [_spinner(label)]
+        self._spinner.update(text=label)
+        lines: list[RenderableType] = [self._spinner]
         if self.progress is not None:
             bar = Table.grid(padding=(0, 1))
             said = Text(self.message, style="dim", overflow="ellipsis", no_wrap=True)
@@ -168,10 +172,72 @@ class View:
         return lines
 
 
-_shared_spinner = Spinner("dots", style="blue")
+class Lines:
+    """The same, line by line, for whoever is no terminal: text as soon as a line of it is whole."""
+
+    def __init__(self, view: View, console: Console) -> None:
+        self._view, self._console = view, console
+        self._state: tuple[str, int] = ("", 0)
+        self._said = ""
+        self._printed = ""
+
+    def show(self) -> None:
+        """After each change of the view."""
+        view = self._view
+        if view.dropped or not view.text.startswith(self._printed):
+            if self._printed:
+                self._line("(The text above is void: it is written anew.)")
+            self._printed = ""
+        self._print(upto=view.text.rfind("\n") + 1)
+        state = (view.status, view.attempt)
+        progress = "" if view.progress is None else f"{view.progress:.0%}"
+        if view.notice:
+            self._line(f"({view.notice})")
+        elif state != self._state:
+            self._print(upto=len(view.text))
+            if view.status in ENDED:
+                return  # the summary says it
+            attempt = f"attempt {view.attempt}" if view.attempt > 1 and view.status == "running" else ""
+            self._line("  ".join(filter(None, [f"[{view.status}]", attempt, progress, view.message])))
+        elif progress and progress + view.message != self._said:
+            self._line(f"[{view.status}]  {progress}  {view.message}".rstrip())
+        self._state, self._said = state, progress + view.message
+
+    def end(self, answer: str) -> None:
+        """Whatever of the text was not printed; and the answer, should it be another."""
+        self._print(upto=len(self._view.text))
+        if answer and answer != self._printed:
+            self._line(answer)
+
+    def _print(self, *, upto: int) -> None:
+        new = self._view.text[len(self._printed) : upto]
+        if new:
+            self._line(new.removesuffix("\n"))
+            self._printed += new
+
+    def _line(self, text: str) -> None:
+        self._console.out(text, highlight=False)
 
 
-def _spinner(label: Text) -> Spinner:
-    """One for all frames: a new one would always show its first picture."""
-    _shared_spinner.update(text=label)
-    return _shared_spinner
+def duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+
+
+def print_columns(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+    """Left-aligned. On a terminal the last column is cut where the screen ends; elsewhere nothing is cut."""
+    table = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    lines = [[Text(head, style="dim") for head in heads], *table]
+    widths = [max(cell_len(line[column].plain) for line in lines) for column in range(len(heads))]
+    for line in lines:
+        text = Text()
+        for cell, width in zip(line[:-1], widths[:-1], strict=True):
+            text.append_text(cell).append(" " * (width - cell_len(cell.plain) + 2))
+        last = line[-1].copy()
+        room = console.width - cell_len(text.plain)
+        if console.is_terminal and cell_len(last.plain) > room > 1:
+            last.plain = set_cell_size(last.plain, room - 1) + "…"
+        console.print(text.append_text(last), soft_wrap=True, highlight=False)

@@ -16,10 +16,15 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
-MISCONFIGURED = 2
+from app.errors import Misconfigured
+
+T = TypeVar("T")
+
+MISCONFIGURED_CODE = 2
 """A child's exit code that means: another start cannot help. It has said why."""
 STEADY_SECONDS = 5.0
 """A child that lived so long has started well; whatever ends it later, it is started again, for ever."""
@@ -47,7 +52,7 @@ class Stopped(Exception):
     """Somebody asked for the end: not an error."""
 
 
-class GaveUp(Exception):
+class GaveUp(Misconfigured):
     """A child cannot run; the sentence says which one and how it ended."""
 
 
@@ -56,7 +61,8 @@ class Supervisor:
 
     def __init__(self, say: Callable[[str], None], grace_seconds: float) -> None:
         self._say = say
-        self._patience_seconds = grace_seconds + MARGIN_SECONDS
+        # A worker lets its tasks end for the grace time, then has it once more to give the others back.
+        self._patience_seconds = 2 * grace_seconds + MARGIN_SECONDS
         # Python makes both ends non-inheritable; children get the reading end, and only that, by name.
         self.lifeline, self._hold = os.pipe()
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -78,33 +84,41 @@ class Supervisor:
 
     async def start(self, *stage: Child) -> list[str]:
         """What each child wrote when it was ready. Raises Stopped, GaveUp."""
+        if not stage:
+            return []
         ready: list[asyncio.Future[str]] = [asyncio.get_running_loop().create_future() for _ in stage]
         self._stages.append(
             {child.name: asyncio.create_task(self._keep(child, one)) for child, one in zip(stage, ready, strict=True)}
         )
-        await self.unless_over(asyncio.wait(ready))
-        return [one.result() for one in ready]
+        return await self.unless_over(asyncio.gather(*ready))
 
-    async def unless_over(self, wanted: Awaitable[object]) -> None:
-        """Waits for it. Raises Stopped or GaveUp when the end comes first."""
+    async def unless_over(self, wanted: Awaitable[T]) -> T:
+        """Its result. Raises Stopped or GaveUp when the end comes first."""
         waiting = asyncio.ensure_future(wanted)
-        await asyncio.wait([waiting, self._over], return_when=asyncio.FIRST_COMPLETED)
+        both: list[asyncio.Future[Any]] = [waiting, self._over]
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
         if self._over.done():
             waiting.cancel()
             self._over.result()
-        waiting.result()
+        return waiting.result()
 
     async def over(self) -> None:
-        """Never returns: raises Stopped or GaveUp, when the time has come."""
+        """Never returns. Raises Stopped or GaveUp when the time has come."""
         await asyncio.shield(self._over)
 
     async def _keep(self, child: Child, ready: asyncio.Future[str]) -> None:
         """Starts it again whenever it ends, until all is over."""
-        quick_ends, steady = 0, False
+        ended, quick_ends, steady = False, 0, False
         while not self._over.done():
             began = time.monotonic()
-            process = await self._spawn(child)
+            try:
+                process = await self._spawn(child)
+            except OSError as error:  # no more processes, no more files
+                self._give_up(f"{child.name} cannot be started: {error}.")
+                return
             self._running[child.name] = process
+            if ended:
+                self._say(f"{child.name} runs again (process {process.pid}).")
             if self._over.done():  # while it was being made
                 _send(process, signal.SIGTERM)
             if process.stdout:
@@ -113,14 +127,17 @@ class Supervisor:
                 ready.set_result("")
             code = await process.wait()
             del self._running[child.name]
+            ended = True
             if self._over.done():
                 return
             steady = steady or time.monotonic() - began > STEADY_SECONDS
             quick_ends = 0 if time.monotonic() - began > STEADY_SECONDS else quick_ends + 1
-            if code == MISCONFIGURED and not steady:
+            if code == MISCONFIGURED_CODE and not steady:
                 self._give_up(f"{child.name} cannot run; the reason stands above.")
             elif quick_ends == QUICK_ENDS_MAX and not steady:
-                self._give_up(f"{child.name} {_how(code)} {quick_ends} times, each soon after its start.")
+                self._give_up(
+                    f"{child.name} {_how(code)}, {quick_ends} times in a row, each time soon after its start."
+                )
             else:
                 pause = min(PAUSE_SECONDS * 2 ** max(quick_ends - 1, 0), PAUSE_SECONDS_MAX)
                 self._say(f"{child.name} (process {process.pid}) {_how(code)}; it starts again in {pause:g} s.")
@@ -142,9 +159,9 @@ class Supervisor:
             self._over.set_exception(GaveUp(sentence))
 
     async def aclose(self) -> None:
-        if not self._over.done():  # our own caller failed
+        if not self._over.done():  # it was not asked for: our own caller failed
             self._over.set_exception(Stopped())
-        self._over.exception()
+        self._over.exception()  # else asyncio would say that nobody looked at it
         try:
             for stage in reversed(self._stages):
                 await self._stop(stage)
@@ -167,15 +184,19 @@ async def supervisor(say: Callable[[str], None], *, grace_seconds: float) -> Asy
     """Stops everything that was started in it; returns quietly when that was asked for. Raises GaveUp."""
     made = Supervisor(say, grace_seconds)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
-            loop.add_signal_handler(number, made.stop)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup means it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
+        loop.add_signal_handler(number, made.stop)
     try:
         yield made
     except Stopped:
         pass
     finally:
         await made.aclose()
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 async def _read(stdout: asyncio.StreamReader, prefix: str, ready: asyncio.Future[str]) -> None:

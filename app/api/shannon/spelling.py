@@ -1,0 +1,580 @@
+"""The pure part of the Shannon dialect: its request → our submission; our tasks, events and errors → its JSON.
+
+No I/O. Sections (§) are those of the contract that its public source, its SDK and its documents add up to; where they
+disagree, both are served: `response` is always there, text frames also carry `message`, `error` has a twin
+`error_message`. A task whose submission names no mode is `simple`, as in every example of its documents; upstream
+routes such a task as `standard` first and classifies it afterwards, which nobody here does.
+"""
+
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Any, assert_never
+from uuid import uuid4
+
+import msgspec
+from msgspec import Struct
+
+from app import errors, events
+from app.errors import Conflict, Invalid, TaskcastError, TooLarge
+from app.events import AnyEvent, Entry, Json, Submission, Usage
+from app.hub import Ended, Gap
+from app.identity import Identity
+from app.log import canonical_hash, random_id, task_id_of
+from app.sse import Frame
+from app.task import STORED, Status, Task, task
+
+STATUS: Mapping[Status, str] = {
+    Status.QUEUED: "TASK_STATUS_QUEUED",
+    Status.RUNNING: "TASK_STATUS_RUNNING",
+    Status.PAUSED: "TASK_STATUS_PAUSED",
+    Status.HELD: "TASK_STATUS_PAUSED",
+    Status.COMPLETED: "TASK_STATUS_COMPLETED",
+    Status.FAILED: "TASK_STATUS_FAILED",
+    Status.ERRORED: "TASK_STATUS_FAILED",
+    Status.CANCELLED: "TASK_STATUS_CANCELLED",
+    Status.TIMED_OUT: "TASK_STATUS_TIMEOUT",
+}
+"""Any other word would be FAILED to the SDK, and end its `wait()` (§0.3)."""
+
+WORD = {status: name.removeprefix("TASK_STATUS_") for status, name in STATUS.items()}
+"""As sessions and filters say it (§1.13, §1.5)."""
+
+ASKED = {word: tuple(status for status in STORED if WORD[status] == word) for word in WORD.values()}
+ASKED["CANCELED"] = ASKED["CANCELLED"]
+"""What a `status` filter means: a set of our statuses."""
+
+MODES = {
+    "simple": "EXECUTION_MODE_SIMPLE",
+    "standard": "EXECUTION_MODE_STANDARD",
+    "complex": "EXECUTION_MODE_COMPLEX",
+    # Its documents know three names only; its lists say STANDARD of everything else (§1.5).
+    "supervisor": "EXECUTION_MODE_STANDARD",
+}
+TIERS = ("small", "medium", "large")
+STRATEGIES = ("quick", "standard", "deep", "academic")
+PROVIDERS = (
+    *("openai", "anthropic", "google", "groq", "xai", "deepseek", "qwen"),
+    *("zai", "kimi", "minimax", "ollama", "mistral", "cohere"),
+)
+
+SUBMISSION_BYTES_MAX = events.EVENT_BYTES_MAX
+"""Of a request body; upstream takes 40 MiB, because files travel in it."""
+DEPTH_MAX = 100
+"""Of nested JSON. What is stored is decoded again in many places, each with less of Python's stack left than this one
+may have had (1,000 levels in all)."""
+TIMEOUT_SECONDS_MAX = 86_400
+"""A day: whatever runs longer needs no deadline, but a human."""
+
+
+class Request(Struct):
+    """The body of POST /tasks (§1.2). `null` is as good as absent, as in Go; unknown fields are ignored."""
+
+    query: str | None = None
+    session_id: str | None = None
+    context: Json | None = None
+    mode: str | None = None
+    skill: str | None = None
+    model_tier: str | None = None
+    model_override: str | None = None
+    provider_override: str | None = None
+    research_strategy: str | None = None
+    max_iterations: int | None = None
+    max_concurrent_agents: int | None = None
+    enable_verification: bool | None = None
+    timeout_seconds: float | None = None
+    """Ours: from acceptance to TASK_STATUS_TIMEOUT."""
+
+
+def submission(
+    body: bytes, who: Identity, *, secret: bytes = b"", idempotency_key: str = "", trace: str = ""
+) -> Submission:
+    """Raises Invalid with the contract's own sentences (§1.2), and TooLarge.
+
+    With an idempotency key the task's id follows from it, so that racing callers meet in one task.
+    """
+    if len(body) > SUBMISSION_BYTES_MAX:
+        raise too_large(SUBMISSION_BYTES_MAX)
+    raw = json_of(body)
+    try:
+        asked = msgspec.convert(raw, Request)
+    except msgspec.ValidationError as error:
+        raise Invalid(f"Invalid request body: {error}") from error
+    query = asked.query or ("[User sent file attachments]" if (asked.context or {}).get("attachments") else "")
+    if not query:
+        raise Invalid("Query is required")
+    if asked.session_id and not events.ID.fullmatch(asked.session_id):
+        raise Invalid("Invalid session_id format")
+    if asked.timeout_seconds is not None and not 1 <= asked.timeout_seconds <= TIMEOUT_SECONDS_MAX:
+        raise Invalid(f"timeout_seconds out of range (1..{TIMEOUT_SECONDS_MAX})")
+    context = _context(asked)
+    mode = (asked.mode or "").strip().lower() or "simple"
+    if mode not in MODES:
+        raise Invalid(f"Invalid mode (allowed: {', '.join(MODES)})")
+    derived = task_id_of(secret, who.org, who.user, idempotency_key) if idempotency_key else ""
+    return Submission(
+        id=f"task_{derived or random_id()}",
+        org=who.org,
+        owner=who.user,
+        session=asked.session_id or str(uuid4()),
+        dialect="shannon",
+        query=query,
+        context=context,
+        mode=mode,
+        trace=trace,
+        deadline_seconds=asked.timeout_seconds or 0,
+        submission=random_id(),
+        body_hash=canonical_hash(raw) if idempotency_key else "",
+    )
+
+
+def json_of(body: bytes) -> Any:
+    """Raises Invalid."""
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError as error:
+        raise _too_deep() from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Invalid(f"Invalid request body: {error}") from error
+    level, depth = _containers([value]), 0
+    while level:
+        if depth == DEPTH_MAX:
+            raise _too_deep()
+        level = [inner for one in level for inner in _containers(one.values() if isinstance(one, dict) else one)]
+        depth += 1
+    return value
+
+
+def _too_deep() -> Invalid:
+    return Invalid(f"Invalid request body: nested too deeply (max {DEPTH_MAX} levels)")
+
+
+def _containers(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
+    return [value for value in values if isinstance(value, (dict, list))]
+
+
+def too_large(bytes_max: int) -> TooLarge:
+    return TooLarge(f"Request body too large (max {bytes_max} bytes)")
+
+
+def _context(asked: Request) -> Json:
+    """The context with the top-level fields in it: they win (§1.2). In upstream's order of complaints."""
+    context = dict(asked.context or {})
+    template = context.get("template_name")
+    if "template" not in context and isinstance(template, str) and template.strip():
+        context["template"] = template.strip()
+    if skill := (asked.skill or "").strip():
+        raise Invalid(f"Unknown skill: {skill}")
+    if tier := (asked.model_tier or "").strip().lower():
+        if tier not in TIERS:
+            raise Invalid(f"Invalid model_tier (allowed: {', '.join(TIERS)})")
+        context["model_tier"] = tier
+    if model := (asked.model_override or "").strip():
+        context["model_override"] = model
+    if provider := (asked.provider_override or "").strip().lower():
+        if provider not in PROVIDERS:
+            raise Invalid(f"Invalid provider_override: {provider} (allowed: {', '.join(PROVIDERS)})")
+        context["provider_override"] = provider
+    if strategy := (asked.research_strategy or "").strip().lower():
+        if strategy not in STRATEGIES:
+            raise Invalid(f"Invalid research_strategy (allowed: {', '.join(STRATEGIES)})")
+        context["research_strategy"] = strategy
+    for name, most in (("max_iterations", 50), ("max_concurrent_agents", 20)):
+        count = getattr(asked, name)
+        if count is not None:
+            if not 1 <= count <= most:
+                raise Invalid(f"{name} out of range (1..{most})")
+            context[name] = count
+    if asked.enable_verification is not None:
+        context["enable_verification"] = asked.enable_verification
+    if context.get("force_research") is True and not _said(context, "research_strategy"):
+        context["research_strategy"] = "standard"
+    if _yes(context.get("disable_ai")) and any(
+        _said(context, name) for name in ("model_tier", "model_override", "provider_override")
+    ):
+        raise Invalid("disable_ai=true conflicts with model_tier/model_override")
+    return context
+
+
+def _said(context: Json, name: str) -> bool:
+    value = context.get(name)
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _yes(value: Any) -> bool:
+    """Upstream takes a flag in any of these spellings."""
+    if isinstance(value, str):
+        return value.strip().lower() in {"true", "1", "yes", "y"}
+    return isinstance(value, (bool, int, float)) and bool(value)
+
+
+def task_body(task: Task) -> Json:
+    """GET /tasks/{id} (§1.4): the seed's fields under their names, and more (§10, §11).
+
+    `result` stands only in a completed task; `response` is always there, null or an object: a Go client decodes it
+    into a map. `last_event_id` is where a stream goes on from this very state.
+    """
+    body: Json = {"task_id": task.id, "workflow_id": task.id, "status": STATUS[task.status], "response": None}
+    if task.status is Status.COMPLETED:
+        body |= {"result": task.result, "response": response(task.result, task.result_type)}
+    body |= {
+        "error": task.error,
+        "error_message": task.error,
+        "created_at": clock(task.created_at),
+        "updated_at": clock(task.updated_at),
+        "query": task.query,
+        "session_id": task.session,
+        "mode": mode_name(task.mode),
+        "progress": task.progress,
+        "attempt": task.attempt,
+        "last_seq": task.last_seq,
+        "last_event_id": task.last_event_id,
+    }
+    if task.started_at:
+        body["started_at"] = clock(task.started_at)
+    if task.finished_at:
+        body["completed_at"] = clock(task.finished_at)
+    if task.context:
+        body |= {"context": task.context, "metadata": {"task_context": task.context}}
+    if task.model:
+        body["model_used"] = task.model
+    if task.provider:
+        body["provider"] = task.provider
+    if task.total_tokens or task.cost_nano or task.status is Status.COMPLETED:
+        body["usage"] = {
+            "total_tokens": task.total_tokens,
+            "input_tokens": task.input_tokens,
+            "output_tokens": task.output_tokens,
+            "estimated_cost": usd(task.cost_nano),
+            "cost_usd": usd(task.cost_nano),
+        }
+    return body
+
+
+def task_item(task: Task) -> Json:
+    """One row of GET /tasks (§1.5). The SDK needs `task_id, query, status, created_at`."""
+    item: Json = {
+        "task_id": task.id,
+        "workflow_id": task.id,
+        "query": task.query,
+        "status": STATUS[task.status],
+        "mode": mode_name(task.mode),
+        "session_id": task.session,
+        "created_at": clock(task.created_at),
+        "total_token_usage": {
+            "total_tokens": task.total_tokens,
+            "cost_usd": usd(task.cost_nano),
+            "prompt_tokens": task.input_tokens,
+            "completion_tokens": task.output_tokens,
+        },
+    }
+    if task.started_at:
+        item["started_at"] = clock(task.started_at)
+    if task.finished_at:
+        item["completed_at"] = clock(task.finished_at)
+    return item
+
+
+def response(result: str, result_type: str) -> Json:
+    """A result that is a JSON object is itself; every other stands under `result`, so that the seed's
+    `response.result` is the answer (§10.1).
+    """
+    if result_type == "json" or result.lstrip()[:1] == "{":
+        try:
+            value = msgspec.json.decode(result)
+        except (msgspec.DecodeError, RecursionError):
+            return {"result": result}
+        return value if isinstance(value, dict) else {"result": value}
+    return {"result": result}
+
+
+def mode_name(mode: str) -> str:
+    return MODES.get(mode, "EXECUTION_MODE_STANDARD")
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def clock(micros: int) -> str:
+    """RFC 3339 in UTC, always with six digits, so that texts compare like times."""
+    return f"{(_EPOCH + timedelta(microseconds=micros)).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+
+
+def usd(nano: int) -> float:
+    return nano / 1_000_000_000
+
+
+# Events
+
+RAW: Mapping[type[events.Event], str] = {
+    events.Submitted: "DATA_PROCESSING",
+    events.Continued: "DATA_PROCESSING",
+    events.Started: "WORKFLOW_STARTED",
+    events.Requeued: "ERROR_RECOVERY",
+    events.LeaseLost: "ERROR_RECOVERY",
+    events.PauseAsked: "WORKFLOW_PAUSING",
+    events.Paused: "WORKFLOW_PAUSED",
+    events.Resumed: "WORKFLOW_RESUMED",
+    events.Cancelled: "WORKFLOW_CANCELLED",
+    events.Completed: "WORKFLOW_COMPLETED",
+    events.Failed: "ERROR_OCCURRED",
+    events.Errored: "ERROR_OCCURRED",
+    events.TimedOut: "ERROR_OCCURRED",
+    events.Restated: "TASK_RESTATED",
+    events.Progressed: "PROGRESS",
+    events.TextDelta: "LLM_PARTIAL",
+    events.TextCompleted: "LLM_OUTPUT",
+    events.ToolCalled: "TOOL_INVOKED",
+    events.ToolReturned: "TOOL_OBSERVATION",
+    events.AgentStarted: "AGENT_STARTED",
+    events.AgentCompleted: "AGENT_COMPLETED",
+    events.Thinking: "AGENT_THINKING",
+    events.ApprovalRequested: "APPROVAL_REQUESTED",
+    events.ApprovalDecided: "APPROVAL_DECISION",
+    events.PlanUpdated: "RESEARCH_PLAN_UPDATED",
+}
+"""Our event → upstream's raw type (§3). `noted` brings its own; `deleted` is never told."""
+
+SSE_NAME = {
+    "LLM_PARTIAL": "thread.message.delta",
+    "LLM_OUTPUT": "thread.message.completed",
+    "ERROR_OCCURRED": "error",
+    "WORKFLOW_PAUSING": "workflow.pausing",
+    "WORKFLOW_PAUSED": "workflow.paused",
+    "WORKFLOW_RESUMED": "workflow.resumed",
+    "WORKFLOW_CANCELLING": "workflow.cancelling",
+    "WORKFLOW_CANCELLED": "workflow.cancelled",
+}
+"""Raw type → SSE event name, where they differ (§2.3)."""
+
+UNLISTED = frozenset({"LLM_PARTIAL", "LLM_PROMPT"})
+"""What upstream does not keep, so that its lists, timelines and sessions never show it (§3)."""
+
+MESSAGE_MAX = 2000
+"""Characters of a tool's output that make its message (§3); the whole output stands in the payload."""
+
+
+def frame(entry: Entry) -> list[Frame]:
+    """The SSE frames of one entry (§2.3). Only the last carries the id: whoever loses the connection between two
+    gets both again. A `types` filter may name the raw type or the SSE name (§10.24).
+    """
+    frames: list[Frame] = []
+    bodies = event_body(entry, stream=True)
+    for body in bodies:
+        raw: str = body["type"]
+        name = SSE_NAME.get(raw, raw)
+        id_ = entry.id if body is bodies[-1] else ""
+        frames.append(Frame(event=name, data=_shape(name, body, entry), id=id_, types=frozenset({raw, name})))
+    return frames
+
+
+def _shape(name: str, body: Json, entry: Entry) -> Json:
+    """The data of a frame: the event object, except where upstream maps it. A mapped frame's `type` may only be the
+    SSE name, for the SDK prefers it to the event's name (§11).
+    """
+    message, payload = body.get("message", ""), body.get("payload", {})
+    if name.startswith("thread.message."):
+        delta = name == "thread.message.delta"
+        return {
+            "delta" if delta else "response": message,
+            "workflow_id": entry.task,
+            "agent_id": body.get("agent_id", ""),
+            "seq": entry.seq,
+            "stream_id": entry.id,
+            **({"metadata": payload} if payload and not delta else {}),
+            "message": message,
+            "attempt": entry.attempt,
+            "type": name,
+        }
+    if name.startswith("workflow."):
+        return {**payload, "workflow_id": entry.task, "agent_id": body["agent_id"], "message": message}
+    return body
+
+
+def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
+    """The raw event objects of one entry (§3), as lists and the WebSocket show them: exactly one, but none for
+    `deleted`. On a `stream` a cancel is announced first, as upstream does: two, the first without a place.
+    """
+    raw = raw_type(entry.event)
+    message, payload = _told(entry.event, entry.attempt)
+    if not raw:
+        return []
+    agent = entry.event.agent
+    if isinstance(entry.event, events.Lifecycle) or (raw in SSE_NAME and raw.startswith("WORKFLOW_")):
+        agent = agent or "orchestrator"
+    body: Json = {"workflow_id": entry.task, "type": raw}
+    body |= {name: value for name, value in (("agent_id", agent), ("message", message), ("payload", payload)) if value}
+    body["timestamp"] = clock(entry.at)
+    placed = {**body, "seq": entry.seq, "stream_id": entry.id}
+    if stream and raw == "WORKFLOW_CANCELLED":
+        return [{**body, "type": "WORKFLOW_CANCELLING", "message": "The task is being cancelled."}, placed]
+    return [placed]
+
+
+def raw_type(event: AnyEvent) -> str:
+    """Empty for `deleted`."""
+    return event.name if isinstance(event, events.Noted) else RAW.get(type(event), "")
+
+
+def _told(event: AnyEvent, attempt: int) -> tuple[str, Json]:
+    """What people read, and what machines read. A restart says its attempt: a client drops the text it showed."""
+    match event:
+        case events.TextDelta():
+            return event.text, {"attempt": attempt}
+        case events.TextCompleted():
+            took = {"duration_ms": event.duration_ms} if event.duration_ms else {}
+            return event.text, {**_usage(event.usage), **took}
+        case events.Submitted() | events.Continued():
+            return event.message or "Task accepted.", {}
+        case events.Started():
+            return event.message or "Task started.", {"attempt": attempt}
+        case events.Requeued():
+            again = {"attempt": attempt, "reason": "requeued", "delay_seconds": event.delay_seconds}
+            return event.message or "The task is queued again.", again
+        case events.LeaseLost():
+            lost = {"attempt": attempt, "reason": "lease_lost"}
+            return event.message or "The task lost its worker and is queued again.", lost
+        case events.PauseAsked():
+            return event.message or "The task is being paused.", _reason(event.reason)
+        case events.Paused():
+            # Upstream's checkpoints are names (§1.8); ours may hold a handler's whole state, which stays inside.
+            name = event.checkpoint.get("name")
+            return event.message or "Task paused.", {"checkpoint": name if isinstance(name, str) else ""}
+        case events.Resumed():
+            return event.message or "Task resumed.", _reason(event.reason)
+        case events.Cancelled():
+            return event.message or "Task cancelled.", _reason(event.reason)
+        case events.Completed():
+            return event.message or "Task completed.", _usage(event.usage)
+        case events.Failed() | events.Errored():
+            return event.error or event.message, {"status": STATUS[Status.FAILED]}
+        case events.TimedOut():
+            return event.error or event.message, {"status": STATUS[Status.TIMED_OUT]}
+        case events.Restated():
+            to = {"status": STATUS[Status(event.to)]} if event.to else {}
+            return event.message or "The task's state was set.", to
+        case events.Progressed():
+            return event.message, {**event.payload, "progress": event.fraction}
+        case events.ToolCalled():
+            call = {"call_id": event.call} if event.call else {}
+            return event.message or f"Calling {event.tool}.", {
+                **event.payload,
+                **call,
+                "tool": event.tool,
+                "params": event.params,
+            }
+        case events.ToolReturned():
+            output = event.output[:MESSAGE_MAX] if isinstance(event.output, str) else ""
+            call = {"call_id": event.call} if event.call else {}
+            return event.message or output, {
+                **event.payload,
+                **call,
+                "tool": event.tool,
+                "success": event.success,
+                "duration_ms": event.duration_ms,
+                "output": event.output,
+            }
+        case events.ApprovalRequested():
+            # Without its id nobody could decide it: upstream leaves it out (§1.10).
+            return event.message or "Approval is needed.", {**event.payload, "approval_id": event.approval}
+        case events.ApprovalDecided():
+            message = event.message or ("Approved." if event.approved else "Rejected.")
+            return message, {**event.payload, "approval_id": event.approval, "approved": event.approved}
+        case (
+            events.AgentStarted() | events.AgentCompleted() | events.Thinking() | events.PlanUpdated() | events.Noted()
+        ):
+            return event.message, event.payload
+        case events.Deleted():
+            return "", {}
+        case _:
+            assert_never(event)
+
+
+def _reason(reason: str) -> Json:
+    return {"reason": reason} if reason else {}
+
+
+def _usage(usage: Usage | None) -> Json:
+    """As LLM_OUTPUT's payload names it (§3)."""
+    if usage is None:
+        return {}
+    body: Json = {
+        "tokens_used": usage.input_tokens + usage.output_tokens,
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "cost_usd": usd(usage.cost_nano),
+    }
+    return body | {name: value for name, value in (("model_used", usage.model), ("provider", usage.provider)) if value}
+
+
+GAPS = {
+    "trimmed": "Earlier events are no longer kept; the snapshot holds their outcome.",
+    "ahead": "The cursor lies beyond the last event; the snapshot is the present state.",
+    "unknown": "The cursor was never given for this task; the snapshot is the present state.",
+}
+
+
+def control(item: Gap | Ended) -> Frame:
+    """`done`, the only clean end (§0.5), or our `gap`: an event of its own name, which the UI ignores and the SDK
+    delivers (§11). After a gap the stream goes on behind its snapshot, whose id it carries.
+    """
+    if isinstance(item, Ended):
+        id_ = f"{item.last_id}.end" if item.last_id else ""
+        return Frame(event="done", data="[DONE]", id=id_, types=frozenset({"STREAM_END", "done"}))
+    known = task(item.snapshot.fields)
+    data = {
+        "workflow_id": known.id,
+        "type": "gap",
+        "message": GAPS.get(item.reason, ""),
+        "reason": item.reason,
+        "earliest_seq": item.earliest,
+        "latest_seq": item.latest,
+        "snapshot": {**task_body(known), "texts": item.snapshot.texts},
+    }
+    return Frame(event="gap", data=data, id=known.last_event_id, types=frozenset({"gap"}))
+
+
+# Errors
+
+
+def error_body(error: TaskcastError) -> tuple[int, Json]:
+    """`{"error": sentence}` (§1.0). Total: what nobody foresaw is a 500 that tells nothing of the inside."""
+    match error:
+        case errors.TooLarge():
+            return 413, {"error": str(error)}
+        case errors.Invalid():
+            return 400, {"error": str(error)}
+        case errors.Unauthorized():
+            return 401, {"error": "Unauthorized"}
+        case errors.NotFound():
+            return 404, {"error": str(error) or "Task not found"}
+        case errors.Conflict():
+            body: Json = {"error": str(error)}
+            if error.status in STATUS:
+                # Upstream's documents show these three on a 409 (§1.8); the UI reads `success`.
+                status = STATUS[Status(error.status)]
+                body |= {"success": False, "message": str(error), "status": status}
+            return 409, body
+        case errors.Full():
+            return 503, {"error": str(error)}
+        case errors.Unavailable():
+            # Its sentence may name a socket or a host.
+            return 503, {"error": "The store cannot be reached; try again."}
+        case _:
+            return 500, {"error": "Internal server error"}
+
+
+def refused(verb: str, error: Conflict) -> Conflict:
+    """A control's conflict in upstream's words (§1.8): `cannot pause completed task`, `task is already paused`."""
+    status = Status(error.status)
+    if status.value in ENDED_WORD:
+        return Conflict(f"cannot {verb} {ENDED_WORD[status.value]} task", error.status)
+    return Conflict("task is already paused" if verb == "pause" else "task is not paused", error.status)
+
+
+ENDED_WORD = {
+    Status.COMPLETED.value: "completed",
+    Status.FAILED.value: "failed",
+    Status.ERRORED.value: "failed",
+    Status.CANCELLED.value: "cancelled",
+    Status.TIMED_OUT.value: "timed out",
+}

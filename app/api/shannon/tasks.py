@@ -1,0 +1,437 @@
+"""Tasks over HTTP: parse, one store call, spell.
+
+A task is read by its organisation, and steered by its owner, or by anybody of the organisation when it is nobody's;
+what a caller may not see answers as 404 (contract §5, §6, §11). Conflicts of pause and resume are 409, as upstream's
+documents say (its gateway makes 502 of them), but a cancel that comes too late is 202 with `success: false`, because
+the SDK answers `False` to that and raises on everything else (§1.8).
+"""
+
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+import structlog
+from msgspec import Struct
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app import events
+from app.api.shannon.spelling import (
+    ASKED,
+    STATUS,
+    SUBMISSION_BYTES_MAX,
+    UNLISTED,
+    clock,
+    event_body,
+    json_of,
+    raw_type,
+    refused,
+    submission,
+    task_body,
+    task_item,
+    too_large,
+)
+from app.api.shannon.streams import parse_cursor
+from app.errors import Conflict, Invalid, NotFound
+from app.events import AnyEvent, Entry, Json
+from app.identity import Identity, caller
+from app.log import CURSOR, PAGE_ENTRIES, Page, random_id, task_id_of
+from app.store import Store
+from app.task import Status, Task
+
+logger = structlog.get_logger()
+
+CONTROL_BYTES_MAX = 8 * 1024
+"""Of a control's body: its reason is copied into the snapshot, and every list reads that."""
+KEY_CHARACTERS_MAX = 255
+OFFSET_MAX = 2**31 - 1
+"""Redis takes no larger whole number from a script without losing digits; nobody pages that far."""
+
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+"""What Go's Atoi takes."""
+
+
+def store_of(request: Request) -> Store:
+    store: Store = request.app.state.store
+    return store
+
+
+def reply(body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+
+
+async def read_body(request: Request, bytes_max: int) -> bytes:
+    """Raises TooLarge as soon as it is: at most `bytes_max` and one chunk are ever held."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > bytes_max:
+        raise too_large(bytes_max)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > bytes_max:
+            raise too_large(bytes_max)
+    return bytes(body)
+
+
+def number(request: Request, name: str, default: int, *, least: int = 0, most: int = OFFSET_MAX) -> int:
+    """Raises Invalid in the contract's words (§1.5)."""
+    text = request.query_params.get(name, "")
+    if not text:
+        return default
+    if not _NUMBER.fullmatch(text) or not least <= int(text) <= most:
+        raise Invalid(f"Invalid {name} parameter")
+    return int(text)
+
+
+def idempotency_key(request: Request) -> str:
+    """Empty: none was given."""
+    key = request.headers.get("idempotency-key")
+    if key is not None and not 1 <= len(key) <= KEY_CHARACTERS_MAX:
+        raise Invalid(f"Invalid Idempotency-Key (1 to {KEY_CHARACTERS_MAX} characters)")
+    return key or ""
+
+
+def said_before(key: str) -> dict[str, str]:
+    """Headers of an answer that an earlier request with the same key got (§6)."""
+    return {"X-Idempotency-Cached": "true", "X-Idempotency-Key": key}
+
+
+# Submit
+
+
+class Accepted(Struct, frozen=True):
+    task: str
+    session: str
+    at: int
+    headers: dict[str, str]
+
+
+async def _submit(request: Request) -> Accepted:
+    who, store = caller(request), store_of(request)
+    key = idempotency_key(request)
+    trace = request.headers.get("traceparent", "")
+    body = await read_body(request, SUBMISSION_BYTES_MAX)
+    asked = submission(
+        body,
+        who,
+        secret=store.partitions.secret,
+        idempotency_key=key,
+        # An invalid one is as none (W3C Trace Context §3.2).
+        trace=trace if _TRACEPARENT.fullmatch(trace) else "",
+    )
+    appended = await store.submit(asked, actor=actor(who))
+    session, headers = asked.session, {}
+    if appended.cached:
+        headers = said_before(key)
+        # The first caller's session, which this one may not have named.
+        first = await store.get(who.org, asked.id)
+        session = first.session if first else session
+    else:
+        logger.debug("task.submitted", task_id=asked.id, org=who.org, session_id=session)
+    headers |= {"X-Workflow-ID": asked.id, "X-Session-ID": session}
+    return Accepted(asked.id, session, appended.at, headers)
+
+
+async def submit(request: Request) -> Response:
+    """200, and no other 2xx: the SDK takes all else for an error (§0.1). `status` is the call's, not the task's."""
+    accepted = await _submit(request)
+    body = {
+        "task_id": accepted.task,
+        "workflow_id": accepted.task,
+        "status": "STATUS_CODE_OK",
+        "message": f"Task submitted successfully. Session: {accepted.session}",
+        "session_id": accepted.session,
+        "created_at": clock(accepted.at),
+    }
+    return reply(body, 200, accepted.headers)
+
+
+async def submit_for_stream(request: Request) -> Response:
+    """§1.3."""
+    accepted = await _submit(request)
+    url = f"/api/v1/stream/sse?workflow_id={accepted.task}"
+    body = {"workflow_id": accepted.task, "task_id": accepted.task, "stream_url": url}
+    return reply(body, 201, {**accepted.headers, "Link": f"<{url}>; rel=stream"})
+
+
+# Read
+
+
+def task_id(request: Request) -> str:
+    id_: str = request.path_params["task_id"]
+    if not events.ID.fullmatch(id_):
+        raise Invalid("Invalid task ID format")
+    return id_
+
+
+async def task_of(request: Request) -> Task:
+    """The task that the path names, for any caller of its organisation. Raises NotFound."""
+    who, id_ = caller(request), task_id(request)
+    task = await store_of(request).get(who.org, id_)
+    if task is None:
+        raise NotFound("Task not found")
+    return task
+
+
+async def own_task(request: Request) -> Task:
+    """The task that the path names, for a caller who may steer it. Raises NotFound."""
+    task = await task_of(request)
+    if task.owner not in {"", caller(request).user}:
+        raise NotFound("Task not found")
+    return task
+
+
+async def get(request: Request) -> Response:
+    task = await task_of(request)
+    return reply(task_body(task), 200, {"X-Workflow-ID": task.id, "ETag": f'"{task.last_event_id}"'})
+
+
+async def list_tasks(request: Request) -> Response:
+    """The organisation's tasks of this owner or of nobody, newest first; ties by id, so that pages are stable (§1.5)."""
+    who = caller(request)
+    limit = number(request, "limit", 20, least=1, most=100)
+    offset = number(request, "offset", 0)
+    session = request.query_params.get("session_id", "")
+    if session and not events.ID.fullmatch(session):
+        raise Invalid("Invalid session_id format")
+    statuses = _statuses(request.query_params.getlist("status"))
+    sources: list[tuple[str, ...]] = []
+    for owner in dict.fromkeys(("", who.user)):
+        place = ("session", f"{owner}:{session}") if session else ("owner", owner)
+        sources += [("status", status.value, *place) for status in statuses] or [place]
+    found = await store_of(request).list(who.org, sources, offset=offset, limit=limit)
+    headers = {"X-Total-Capped": "true"} if found.capped else {}
+    return reply({"tasks": [task_item(task) for task in found.tasks], "total_count": found.total}, 200, headers)
+
+
+def _statuses(asked: list[str]) -> list[Status]:
+    """Of one filter, or several: repeated, or with commas. The prefix that answers show is welcome. Empty: all."""
+    words = [word.strip().upper().removeprefix("TASK_STATUS_") for text in asked if text for word in text.split(",")]
+    if not ASKED.keys() >= set(words):
+        raise Invalid("Invalid status value")
+    return list(dict.fromkeys(status for word in words for status in ASKED[word]))
+
+
+async def task_events(request: Request) -> Response:
+    """Without `after`, what upstream keeps: no deltas, no prompts (§1.6, §3). With it, every event after that cursor.
+
+    What is no longer kept, or a cursor from elsewhere, is said: `gap`. After `ahead` and `unknown` go on from the
+    task's own `last_event_id`.
+    """
+    who, id_, store = caller(request), task_id(request), store_of(request)
+    limit = number(request, "limit", 50, least=1, most=200)
+    offset = number(request, "offset", 0)
+    after = request.query_params.get("after")
+    wanted = limit + offset
+    history = await open_history(
+        store, who.org, id_, cursor(after or ""), page=PAGE_ENTRIES if after is None else min(wanted, PAGE_ENTRIES)
+    )
+    bodies: list[Json] = []
+    seen = 0
+    async for entry in history.entries:
+        if after is None and raw_type(entry.event) in UNLISTED:
+            continue
+        seen += 1
+        if seen > offset:
+            bodies += event_body(entry)
+        if seen == wanted:
+            break
+    body: Json = {"events": bodies, "count": len(bodies)}
+    if history.gap:
+        body["gap"] = history.gap
+    return reply(body)
+
+
+def cursor(text: str) -> str:
+    """A client's cursor, as streams take it, in the store's words. Raises Invalid."""
+    found = parse_cursor(text)
+    if found is None or not CURSOR.fullmatch(found.after):
+        raise Invalid("Invalid after parameter")
+    return found.after
+
+
+class History(Struct, frozen=True):
+    entries: AsyncIterator[Entry]
+    gap: Json | None = None
+    """What the cursor asked for and cannot get; the entries begin behind it."""
+
+
+async def open_history(store: Store, org: str, id_: str, after: str = "", *, page: int = PAGE_ENTRIES) -> History:
+    """A task's retained events after a cursor, read page by page: what is held at a time is bounded, and the whole by
+    the stream's own bound (10,000 events, 16 MiB). Raises NotFound.
+    """
+    first = await store.read(org, id_, after, limit=page, check=bool(after))
+    if first is None:
+        raise NotFound("Task not found")
+    gap: Json | None = None
+    if first.gap:
+        gap = {
+            "reason": first.gap,
+            "earliest_seq": first.base_seq + 1,
+            "latest_seq": first.last_seq,
+            "last_event_id": first.last_id,
+        }
+    return History(_entries(store, org, id_, first, page), gap)
+
+
+async def _entries(store: Store, org: str, id_: str, page: Page | None, limit: int) -> AsyncIterator[Entry]:
+    seq = 0
+    while page:
+        if page.gap == "trimmed":
+            # Of a task so busy that its stream is cut while we read it, the numbers show the hole.
+            page = await store.read(org, id_, f"seq:{max(page.base_seq, seq)}", limit=limit)
+            continue
+        for entry in page.entries:
+            yield entry
+        if not page.entries or page.entries[-1].seq >= page.last_seq:
+            return
+        seq = page.entries[-1].seq
+        page = await store.read(org, id_, page.entries[-1].id, limit=limit)
+
+
+STEPS = frozenset({"TOOL_INVOKED", "AGENT_STARTED", "AGENT_THINKING", "PROGRESS"})
+"""What a summary leaves out: beginnings and chatter. Upstream's leaves out what was scheduled and started."""
+
+
+async def timeline(request: Request) -> Response:
+    """§1.12; always 200, for the SDK takes nothing else, and nothing is left to persist."""
+    who, id_ = caller(request), task_id(request)
+    mode = request.query_params.get("mode") or "summary"
+    if mode not in {"summary", "full"}:
+        raise Invalid("Invalid mode (allowed: summary, full)")
+    with_payloads = request.query_params.get("include_payloads", "").lower() == "true"
+    history = await open_history(store_of(request), who.org, id_)
+    rows: list[Json] = []
+    async for entry in history.entries:
+        raw = raw_type(entry.event)
+        if raw in UNLISTED or (mode == "summary" and raw in STEPS):
+            continue
+        for event in event_body(entry):
+            row = {
+                "id": entry.id,
+                "workflow_id": entry.task,
+                "type": raw,
+                "message": event.get("message", ""),
+                "timestamp": event["timestamp"],
+                "seq": entry.seq,
+                "created_at": event["timestamp"],
+            }
+            if with_payloads and "payload" in event:
+                row["payload"] = event["payload"]
+            rows.append(row)
+    body: Json = {"workflow_id": id_, "events": rows, "stats": {"total": len(rows), "mode": mode}}
+    if history.gap:
+        body["gap"] = history.gap
+    return reply(body)
+
+
+# Steer
+
+
+def actor(who: Identity) -> str:
+    return f"user:{who.user}" if who.user else f"key:{who.key}"
+
+
+async def _steer(request: Request, verb: str, event: Callable[[str, str], AnyEvent]) -> tuple[Task, dict[str, str]]:
+    """Appends what the owner asks for; `event` gets the actor and the reason. Raises NotFound, Conflict.
+
+    With an idempotency key the outcome is kept under it; without one a random name lets the store repeat itself.
+    """
+    who, store = caller(request), store_of(request)
+    key = idempotency_key(request)
+    reason = _reason(await read_body(request, CONTROL_BYTES_MAX))
+    task = await own_task(request)
+    name = task_id_of(store.partitions.secret, verb, who.user, key) if key else random_id()
+    appended = await store.append(who.org, task.id, event(actor(who), reason), operation=f"{verb}:{name}")
+    logger.info("task.steered", task_id=task.id, org=who.org, verb=verb, status=appended.status)
+    return task, said_before(key) if key and appended.duplicate else {}
+
+
+def _reason(body: bytes) -> str:
+    """Of a control's body, which may be empty (§1.8)."""
+    if not body:
+        return ""
+    asked = json_of(body)
+    reason = asked.get("reason") if isinstance(asked, dict) else asked
+    if isinstance(asked, dict) and (reason is None or isinstance(reason, str)):
+        return reason or ""
+    raise Invalid("Invalid request body: expected an object with a text `reason`")
+
+
+async def cancel(request: Request) -> Response:
+    try:
+        _, headers = await _steer(
+            request, "cancel", lambda by, why: events.Cancelled(actor=by, message="Task cancelled.", reason=why)
+        )
+    except Conflict as error:
+        sentence = f"Failed to cancel task: {refused('cancel', error)}"
+        return reply({"success": False, "message": sentence, "status": STATUS[Status(error.status)]}, 202)
+    return reply({"success": True, "message": "Task cancelled successfully"}, 202, headers)
+
+
+async def pause(request: Request) -> Response:
+    """Visible at once; the handler stops at its next checkpoint."""
+    try:
+        task, headers = await _steer(
+            request, "pause", lambda by, why: events.PauseAsked(actor=by, message="Pausing the task.", reason=why)
+        )
+    except Conflict as error:
+        raise refused("pause", error) from error
+    return reply({"success": True, "message": "Pause signal sent", "task_id": task.id}, 202, headers)
+
+
+async def resume(request: Request) -> Response:
+    try:
+        task, headers = await _steer(
+            request, "resume", lambda by, why: events.Resumed(actor=by, message="Task resumed.", reason=why)
+        )
+    except Conflict as error:
+        raise refused("resume", error) from error
+    return reply({"success": True, "message": "Resume signal sent", "task_id": task.id}, 202, headers)
+
+
+async def control_state(request: Request) -> Response:
+    """§1.8; texts are never null."""
+    task = await own_task(request)
+    paused = task.status in {Status.PAUSED, Status.HELD}
+    return reply(
+        {
+            "is_paused": paused,
+            "is_cancelled": task.status is Status.CANCELLED,
+            "paused_at": clock(task.paused_at) if paused and task.paused_at else "",
+            "pause_reason": task.pause_reason,
+            "paused_by": task.paused_by.removeprefix("user:"),
+            "cancel_reason": task.cancel_reason,
+            "cancelled_by": task.cancelled_by.removeprefix("user:"),
+        }
+    )
+
+
+async def delete(request: Request) -> Response:
+    """Ours: upstream has no way to delete a task (§1.1)."""
+    who, task = caller(request), await own_task(request)
+    await store_of(request).delete(who.org, task.id, actor=actor(who))
+    logger.info("task.deleted", task_id=task.id, org=who.org)
+    return Response(status_code=204)
+
+
+def _route(path: str, endpoint: Any, method: str) -> Route:
+    return Route(f"/api/v1/tasks{path}", endpoint, methods=[method])
+
+
+routes = [
+    _route("", submit, "POST"),
+    _route("", list_tasks, "GET"),
+    _route("/stream", submit_for_stream, "POST"),
+    _route("/{task_id}", get, "GET"),
+    _route("/{task_id}", delete, "DELETE"),
+    _route("/{task_id}/events", task_events, "GET"),
+    _route("/{task_id}/timeline", timeline, "GET"),
+    _route("/{task_id}/cancel", cancel, "POST"),
+    _route("/{task_id}/pause", pause, "POST"),
+    _route("/{task_id}/resume", resume, "POST"),
+    _route("/{task_id}/control-state", control_state, "GET"),
+]

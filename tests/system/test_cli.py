@@ -1,0 +1,465 @@
+"""The command `taskcast`, as a user or a script meets it: real processes, what they print, what they exit with."""
+
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import termios
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from msgspec import Struct
+
+from app import cli, identity, remote
+from app.local import size_of
+from tests.system.conftest import KEY, ROOT, TASKCAST, Server, client_of, ended, proxy, running, submit
+from tests.waiting import wait_until
+
+TEXT = "one two\nthree four\nfive six"
+
+
+class Ran(Struct, frozen=True):
+    code: int
+    out: str
+    err: str
+
+
+class Started(Struct):
+    """A process that writes to files: nobody has to read what it says, or loses any of it."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text()
+
+    async def says(self, what: str, *, times: int = 1) -> None:
+        await wait_until(lambda: self.out.count(what) >= times, f"{what!r} is said")
+
+    async def end(self) -> Ran:
+        code = await asyncio.to_thread(self.process.wait)
+        return Ran(code, self.out, (self.folder / "err").read_text())
+
+
+started: list[Started] = []
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield
+    while started:
+        one = started.pop()
+        if one.process.poll() is None:
+            one.process.send_signal(signal.SIGINT)
+            one.process.wait()
+
+
+def environment(**changed: str) -> dict[str, str]:
+    foreign = {name: value for name, value in os.environ.items() if not name.startswith("TASKCAST_")}
+    return {**foreign, "COLUMNS": "100", **changed}
+
+
+def start(*words: str, **changed: str) -> Started:
+    folder = Path(tempfile.mkdtemp(prefix="taskcast-cli-"))
+    with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+        process = subprocess.Popen(
+            [TASKCAST, *words],
+            cwd=ROOT,
+            env=environment(**changed),
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    started.append(Started(process, folder))
+    return started[-1]
+
+
+async def taskcast(*words: str, **changed: str) -> Ran:
+    ran = await start(*words, **changed).end()
+    assert "Traceback" not in ran.err
+    return ran
+
+
+def echo(**pace: object) -> str:
+    return json.dumps({"echo": pace})
+
+
+# Verbs over HTTP
+
+
+async def test_submit_watch_prints_the_text_line_by_line_and_exits_0(server: Server) -> None:
+    ran = await taskcast("submit", TEXT, "--watch", TASKCAST_URL=server.url)
+    assert (ran.code, ran.err) == (0, "")
+    lines = ran.out.splitlines()
+    assert [line for line in lines if line in TEXT.splitlines()] == TEXT.splitlines()
+    assert "[running]" in ran.out
+    assert re.fullmatch(r"✓ completed after .* s · 12 tokens · echo-1", lines[-1])
+
+
+async def test_submit_prints_the_id_and_get_and_list_show_the_task(server: Server) -> None:
+    submitted = await taskcast("submit", "shown by get", "--session", "cli-shown", TASKCAST_URL=server.url)
+    id_ = submitted.out.strip()
+    assert submitted == Ran(0, f"{id_}\n", "")
+    watched = await taskcast("watch", id_, TASKCAST_URL=server.url)
+    assert watched.code == 0
+    got = await taskcast("get", id_, "--url", server.url)
+    assert got.code == 0
+    for shown in (id_, "completed", "cli-shown", "echo-1 by taskcast", "3 in, 3 out", "shown by get"):
+        assert shown in got.out
+    found = await taskcast("list", "--session", "cli-shown", "--status", "completed", TASKCAST_URL=server.url)
+    assert [line.split()[:2] for line in found.out.splitlines()[1:]] == [[id_, "completed"]]
+    none = await taskcast("list", "--session", "cli-nothing", TASKCAST_URL=server.url)
+    assert none == Ran(0, "No tasks.\n", "")
+
+
+async def test_json_is_one_object_per_line(server: Server) -> None:
+    ran = await taskcast("submit", "a b", "--watch", "--json", TASKCAST_URL=server.url)
+    assert ran.code == 0
+    first, *told = [json.loads(line) for line in ran.out.splitlines()]
+    assert first["status"] == "STATUS_CODE_OK"
+    assert [event["event"] for event in told][-1] == "WORKFLOW_COMPLETED"
+    assert "".join(e["data"]["delta"] for e in told if e["event"] == "thread.message.delta") == "a b"
+    assert all(event["id"] for event in told)
+    got = await taskcast("get", first["task_id"], "--json", TASKCAST_URL=server.url)
+    assert json.loads(got.out)["result"] == "a b"
+    listed = await taskcast("list", "--limit", "1", "--json", TASKCAST_URL=server.url)
+    assert len(json.loads(listed.out)["tasks"]) == 1
+
+
+async def test_exit_codes_tell_how_the_task_ended(server: Server) -> None:
+    url = {"TASKCAST_URL": server.url}
+    failed = await taskcast("submit", "x", "--watch", "--context", echo(fail="No more tea."), **url)
+    assert failed.code == 1
+    assert failed.out.splitlines()[-1] == "  No more tea."
+    late = await taskcast("submit", "x", "--watch", "--timeout-seconds", "1", "--context", echo(delay_ms=9000), **url)
+    assert late.code == 4
+    assert "✗ timed out" in late.out
+    async with client_of(server.url) as http:
+        id_ = await submit(http, "y", context={"echo": {"delay_ms": 20_000}})
+        watching = start("watch", id_, **url)
+        await wait_until(lambda: running(http, id_), "the task runs")
+        assert (await taskcast("cancel", id_, "--reason", "enough", **url)).out == f"Task {id_} is cancelled.\n"
+        cancelled = await watching.end()
+    assert cancelled.code == 3
+    assert "■ cancelled" in cancelled.out
+
+
+async def test_a_control_that_comes_too_late_exits_1_and_says_why(server: Server) -> None:
+    url = {"TASKCAST_URL": server.url}
+    id_ = (await taskcast("submit", "x", **url)).out.strip()
+    await taskcast("watch", id_, **url)
+    assert await taskcast("cancel", id_, **url) == Ran(1, "", "Failed to cancel task: cannot cancel completed task.\n")
+    assert await taskcast("pause", id_, **url) == Ran(1, "", "Refused: cannot pause completed task.\n")
+
+
+async def test_pause_resume_and_delete(server: Server) -> None:
+    url = {"TASKCAST_URL": server.url}
+    async with client_of(server.url) as http:
+        id_ = await submit(http, "a b c d", context={"echo": {"steps": 4, "delay_ms": 300}})
+        assert (await taskcast("pause", id_, **url)).code == 0
+        assert "paused" in (await taskcast("get", id_, **url)).out
+        assert (await taskcast("resume", id_, **url)).code == 0
+        await wait_until(lambda: ended(http, id_), "the task ends")
+    assert await taskcast("delete", id_, **url) == Ran(0, f"Task {id_} is deleted.\n", "")
+    for verb in ("get", "watch", "delete", "cancel"):
+        assert await taskcast(verb, id_, **url) == Ran(5, "", "Task not found.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("get x --url URL --key sk_wrong", "does not know this key"),
+        ("get x --url http://taskcast.example", "needs a key"),
+        ("get x --url 127.0.0.1:8080", "is not a URL"),
+        ("get ../x --url URL", "is not a task id"),
+        ("submit x --mode odd --url URL", "Refused: Invalid mode"),
+        ("submit x --context [1] --url URL", "must be a JSON object"),
+        ("submit x --context { --url URL", "is not JSON"),
+        ("serve --port 99999", "--port=99999:"),
+        ("serve --no-worker --llm", "contradict"),
+        ("verify --data no-such-folder", "is no data folder"),
+        ("keys list --data no-such-folder", "is no data folder"),
+        ("rebuild --redis redis://127.0.0.1:1", "with --yes"),
+    ],
+)
+def test_what_cannot_work_exits_2_with_one_sentence(
+    words: str, said: str, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["taskcast", *words.replace("URL", server.url).split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+async def test_what_cannot_be_reached_or_run_exits_2_with_one_sentence() -> None:
+    gone = await taskcast("get", "x", "--url", "http://127.0.0.1:1")
+    assert gone == Ran(2, "", "No Taskcast answers at http://127.0.0.1:1. Start one with scripts/serve.\n")
+    for words, said in [
+        (("serve", "--redis", "redis://127.0.0.1:1", "--port", "0"), "cannot be reached"),
+        (("worker", "no_such_module"), "There is no module no_such_module"),
+    ]:
+        ran = await taskcast(*words)
+        assert (ran.code, ran.out) == (2, ""), words
+        assert said in ran.err
+        assert ran.err.count("\n") == 1
+    usage = await taskcast("get")
+    assert usage.code == 2
+    assert "Missing argument" in usage.err
+
+
+async def test_watch_goes_on_behind_its_cursor_when_the_connection_breaks(server: Server) -> None:
+    async with client_of(server.url) as http, proxy(server.port, [900, 1800]) as cutting:
+        id_ = await submit(http, TEXT, context={"echo": {"steps": 6, "delay_ms": 150}})
+        ran = await taskcast("watch", id_, TASKCAST_URL=cutting.url)
+    assert ran.code == 0
+    assert cutting.cut == 2
+    assert ran.out.count("(The connection was lost; trying again in 0.5 s.)") == 2
+    assert [line for line in ran.out.splitlines() if line in TEXT.splitlines()] == TEXT.splitlines()
+
+
+async def test_ctrl_c_ends_watch_quietly_and_the_task_goes_on(server: Server) -> None:
+    async with client_of(server.url) as http:
+        id_ = await submit(http, "a b", context={"echo": {"steps": 2, "delay_ms": 1500}})
+        watching = start("watch", id_, TASKCAST_URL=server.url)
+        await watching.says("queued")
+        watching.process.send_signal(signal.SIGINT)
+        ran = await watching.end()
+        assert (ran.code, ran.err) == (130, "")
+        await wait_until(lambda: ended(http, id_), "the task ends")
+
+
+async def test_on_a_terminal_the_task_is_shown_live_and_stays_as_text_and_summary(server: Server) -> None:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
+    context = echo(steps=6, delay_ms=120)
+    process = await asyncio.create_subprocess_exec(
+        *(TASKCAST, "submit", TEXT, "--watch", "--context", context),
+        env={**environment(TASKCAST_URL=server.url, TERM="xterm-256color"), "COLUMNS": "90"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    raw = await asyncio.to_thread(_read_all, ours)
+    assert await process.wait() == 0
+    assert "━" in raw
+    assert "Step 3 of 6" in raw
+    assert "running" in raw
+    kept = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw[raw.rindex("\x1b[2K") :]).replace("\r", "")
+    assert kept.strip().startswith(TEXT)
+    assert "✓ completed" in kept
+
+
+def _read_all(descriptor: int) -> str:
+    data = b""
+    with suppress(OSError):  # Linux says that the other end is closed in this way
+        while piece := os.read(descriptor, 65536):
+            data += piece
+    os.close(descriptor)
+    return data.decode()
+
+
+async def test_help_names_the_verbs_and_the_exit_codes() -> None:
+    ran = await taskcast("--help")
+    assert ran.code == 0
+    for verb in [
+        "serve",
+        "worker",
+        "submit",
+        "watch",
+        "get",
+        "list",
+        "cancel",
+        "pause",
+        "resume",
+        "delete",
+        "keys",
+        "verify",
+        "rebuild",
+    ]:
+        assert re.search(rf"│ {verb} ", ran.out), verb
+    assert "3 cancelled" in ran.out
+    assert " api " not in ran.out  # how `serve` starts one process is nobody's business
+
+
+def test_both_halves_of_the_command_know_the_same_development_key() -> None:
+    assert remote.DEVELOPMENT_KEY == identity.DEVELOPMENT_KEY == KEY
+
+
+# serve
+
+
+class Served(Struct):
+    started: Started
+    url: str
+    pids: dict[str, list[int]]
+    """Of its children, by label, as the welcome names them."""
+
+    @property
+    def out(self) -> str:
+        return self.started.out
+
+    async def says(self, what: str, *, times: int = 1) -> None:
+        await self.started.says(what, times=times)
+
+
+@asynccontextmanager
+async def serving(folder: Path, *words: str, **changed: str) -> AsyncIterator[Served]:
+    one = start("serve", "--port", "0", "--data", str(folder / "data"), *words, **changed)
+    await one.says("Ctrl-C stops all of it.")
+    (url,) = set(re.findall(r"http://127\.0\.0\.1:\d+", one.out))
+    told = re.findall(r"^  (\w+) .*process(?:es)? ([\d, ]+)$", one.out, re.MULTILINE)
+    yield Served(one, url, {label: [int(pid) for pid in pids.split(",")] for label, pids in told})
+    one.process.send_signal(signal.SIGINT)
+    await one.end()
+
+
+def lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"  # a zombie is dead; whoever adopts it will see
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a Valkey server lives on this data."""
+    with (folder / "data" / "server").open() as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+async def test_serve_says_what_runs_starts_again_what_dies_and_stops_all_on_ctrl_c(tmp_path: Path) -> None:
+    async with serving(tmp_path, TASKCAST_LEASE_SECONDS="1") as served:
+        for said in (
+            "The development key sk_test_123456 is accepted here, because",
+            "0 tasks, kept for ever",
+            "on default and agent:echo",
+            f"curl {served.url}/api/v1/tasks -H 'X-API-Key: sk_test_123456'",
+        ):
+            assert said in served.out
+        (api,), (worker,) = served.pids["API"], served.pids["Worker"]
+
+        context = echo(steps=6, delay_ms=300)
+        watching = start("submit", TEXT, "--watch", "--context", context, TASKCAST_URL=served.url)
+        await watching.says("50%")
+        os.kill(worker, signal.SIGKILL)
+        await served.says(f"The worker workers.echo (process {worker}) was ended by SIGKILL; it starts again in 0.5 s.")
+        os.kill(api, signal.SIGKILL)
+        await served.says(f"The API (process {api}) was ended by SIGKILL; it starts again in 0.5 s.")
+        ran = await watching.end()
+        assert ran.code == 0
+        for said in ("The connection was lost", "The text above is void", "attempt 2"):
+            assert said in ran.out
+        assert ran.out.splitlines()[-1].endswith("2 attempts")
+        again = [int(pid) for pid in re.findall(r"runs again \(process (\d+)\)", served.out)]
+        assert len(again) == 2
+        assert all(lives(pid) for pid in again)
+
+        served.started.process.send_signal(signal.SIGINT)
+        assert (await served.started.end()).code == 0
+        assert not any(lives(pid) for pid in again)
+        assert not in_use(tmp_path)
+        async with client_of(served.url) as http:
+            with pytest.raises(httpx.ConnectError):
+                await http.get("/health")
+
+
+async def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
+    async with serving(tmp_path, TASKCAST_GRACE_SECONDS="1") as served:
+        children = [*served.pids["API"], *served.pids["Worker"]]
+        served.started.process.kill()
+        await wait_until(lambda: not any(lives(pid) for pid in children), "all children end")
+        await wait_until(lambda: not in_use(tmp_path), "the store stops")
+
+
+async def test_several_api_processes_share_the_port_and_a_second_server_is_told_so(tmp_path: Path) -> None:
+    async with serving(tmp_path, "--processes", "2", "--no-worker") as served:
+        assert len(served.pids["API"]) == 2
+        port = served.url.rpartition(":")[2]
+        second = await taskcast("serve", "--port", port, "--data", str(tmp_path / "other"))
+        assert second == Ran(2, "", f"Port {port} of 127.0.0.1 is in use; choose another one with --port.\n")
+        os.kill(served.pids["API"][0], signal.SIGKILL)
+        async with client_of(served.url) as http:
+            assert await submit(http, "answered by the other one, or once this one is back")
+        await served.says("API process 1 runs again")
+
+
+# Verbs on the store
+
+
+async def test_keys_are_made_listed_and_revoked(server: Server, folder: Path) -> None:
+    data = ("--data", str(folder / "data"))
+    made = await taskcast("keys", "create", *data, "--org", "acme", "--user", "ada", "--name", "for tests")
+    key = made.out.strip()
+    assert made == Ran(0, f"{key}\n", "")
+    assert key.startswith("sk_")
+    ran = await taskcast("submit", "x", "--watch", TASKCAST_URL=server.url, TASKCAST_KEY=key)
+    assert ran.code == 0
+    listed = (await taskcast("keys", "list", *data)).out
+    assert key not in listed
+    (line,) = [line for line in listed.splitlines() if line.endswith("for tests")]
+    id_, *_, org, user, _, _ = line.split()
+    assert (org, user) == ("acme", "ada")
+    assert await taskcast("keys", "revoke", id_, *data) == Ran(0, f"{id_} is revoked.\n", "")
+    assert (await taskcast("keys", "revoke", id_, *data)).code == 2
+    assert (await taskcast("keys", "create", "--org", "a/b", *data)).code == 2
+
+
+async def test_verify_finds_what_differs_and_rebuild_mends_it_when_nobody_else_is_there(tmp_path: Path) -> None:
+    data = ("--data", str(tmp_path / "data"))
+    async with serving(tmp_path) as served:
+        id_ = (await taskcast("submit", "x", TASKCAST_URL=served.url)).out.strip()
+        await taskcast("watch", id_, TASKCAST_URL=served.url)
+        assert (await taskcast("verify", *data)).out == "1 task checked: everything agrees with the log.\n"
+        refused = await taskcast("rebuild", *data)
+        assert refused.code == 2
+        assert "Stop it first" in refused.err
+        await _tamper(tmp_path / "data" / "valkey.sock", id_)
+        found = await taskcast("verify", *data)
+        assert found.code == 1
+        assert f"{id_}: its snapshot differs from its events in query\n" in found.out
+        assert "1 task checked: 1 difference." in found.out
+    assert (await taskcast("rebuild", *data)).out == "1 task rebuilt from the log; running ones are queued again.\n"
+    assert (await taskcast("verify", *data)).code == 0
+
+
+async def _tamper(socket: Path, task: str) -> None:
+    """Changes a snapshot behind the log's back."""
+    reader, writer = await asyncio.open_unix_connection(socket)
+    place = f"tc:{{p0}}:task:{identity.DEVELOPMENT_ORG}:{task}"
+    # The partition's tag is chosen by the store.
+    writer.write(b"HGET tc:deployment tags\r\n")
+    await reader.readline()
+    tag = (await reader.readline()).decode().strip()
+    writer.write(f"HSET {place.replace('p0', tag)} query changed\r\n".encode())
+    assert await reader.readline() == b":0\r\n"
+    writer.close()
+
+
+def test_sizes_are_told_as_people_say_them(tmp_path: Path) -> None:
+    assert size_of(tmp_path) == "0 bytes"
+    (tmp_path / "a").write_bytes(bytes(1500))
+    assert size_of(tmp_path) == "1.5 KB"
+    (tmp_path / "b").write_bytes(bytes(25_000_000))
+    assert size_of(tmp_path) == "25 MB"

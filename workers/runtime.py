@@ -1,0 +1,564 @@
+"""The runtime: finds handlers, claims tasks for them, keeps the leases, and says how each attempt ended.
+
+Who decides that an attempt is over, and what then:
+
+    the partition's log     cancelled, timed out, deleted, requeued or taken    ┐ the handler is cancelled at once,
+    a refused event         the same, heard later                               │ and nothing more is written
+    a renewal's answer      the same, should the log's tail have missed it      │
+    the lease's own clock   the store was away for too long                     ┘
+    the worker's stop       the handler is cancelled, and the task given back, its attempt not counted
+
+A dead store ends nothing by itself: renewals and events go on asking until the lease's deadline has passed.
+Cancelling `run` is not its stop but its crash: handlers are cancelled and their leases left to expire. What this
+file must never do is let a handler, its errors or its silence stop the renewal of the others' leases.
+"""
+
+import asyncio
+import importlib
+import inspect
+import secrets
+import sys
+import typing
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+from msgspec import Struct
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
+
+from app import events
+from app.errors import Invalid, Misconfigured, Unavailable
+from app.events import FINAL_OUTPUT, RESULT_BYTES_MAX, AnyEvent, Json
+from app.log import Logged
+from app.queues import Claimed
+from app.store import Store
+from app.task import TERMINAL, Status, Task
+from workers.context import GONE, LEASE, LOST, TAKEN, Attempt, Context, Failed, Over
+
+logger = structlog.get_logger()
+
+TICK_SECONDS = 1.0
+"""Between two looks at what is due; deadlines and lost leases are noticed so late at most."""
+PAUSE_SECONDS = 1.0
+"""Before claims go on after an error of the store."""
+RENEW_PAUSE_SECONDS_MAX = 0.2
+"""Between two tries of a renewal that failed: a lease may have little time left."""
+BACKOFF_SECONDS_MAX = 60
+ERROR_CHARACTERS_MAX = 4000
+"""Of an exception's text; the log has the whole."""
+
+Result = str | Mapping[str, Any] | BaseModel | Struct | None
+Function = Callable[..., Coroutine[Any, Any, Result]]
+
+
+# Handlers
+
+
+class Parameter(Struct, frozen=True, kw_only=True):
+    """A named argument: what the task's context may say for it."""
+
+    adapter: Any
+    required: bool
+
+
+class Handler(Struct, frozen=True, kw_only=True):
+    """A decorated function, and what the decorator was told."""
+
+    function: Function
+    queues: tuple[str, ...]
+    retry: tuple[type[Exception], ...]
+    parameters: Mapping[str, Parameter]
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    def arguments(self, context: Json) -> dict[str, Any]:
+        """The named arguments that a task's context gives; other keys are not looked at. Raises Failed."""
+        named, problems = {}, []
+        for name, parameter in self.parameters.items():
+            if name in context:
+                try:
+                    named[name] = parameter.adapter.validate_python(context[name])
+                except ValidationError as error:
+                    for one in error.errors(include_url=False):
+                        where = ".".join(["context", name, *map(str, one["loc"])])
+                        problems.append(f"{where}: {one['msg']}")
+            elif parameter.required:
+                problems.append(f"context.{name}: a value is required")
+        if problems:
+            raise Failed(f"The task's context does not fit its worker. {'; '.join(problems)}.")
+        return named
+
+    def __call__(self, task: Task, ctx: Context, **named: Any) -> Coroutine[Any, Any, Result]:
+        return self.function(task, ctx, **named)
+
+
+def task(*queues: str, retry: type[Exception] | tuple[type[Exception], ...] = ()) -> Callable[[Function], Handler]:
+    """Makes `async def f(task, ctx, *, named…)` the worker of these queues.
+
+    It returns text (str), a JSON object (a dict or a model), or None for no text. Its named arguments are validated,
+    with pydantic, from the keys of the same name in `task.context`. `raise Failed(message)` fails the task; an
+    exception named in `retry` queues it again after 1, 2, 4 … 60 s while it has attempts left; any other errors it.
+
+    Raises TypeError for a function of another form.
+    """
+    if not queues or not all(isinstance(queue, str) and queue for queue in queues):
+        raise TypeError('A worker names the queues it serves: @task("default").')
+
+    kinds = retry if isinstance(retry, tuple) else (retry,)
+    if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
+        raise TypeError("A worker's `retry` names types of exceptions.")
+
+    def decorate(function: Function) -> Handler:
+        return Handler(
+            function=function,
+            queues=queues,
+            retry=kinds,
+            parameters=_parameters(function),
+        )
+
+    return decorate
+
+
+def _parameters(function: Function) -> dict[str, Parameter]:
+    name = getattr(function, "__qualname__", repr(function))
+    if not inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} must be an `async def` function: another one would block its worker's leases.")
+    positional: list[str] = []
+    named: dict[str, Parameter] = {}
+    hints = typing.get_type_hints(function, include_extras=True)
+    for one in inspect.signature(function).parameters.values():
+        if one.kind in {one.VAR_POSITIONAL, one.VAR_KEYWORD}:
+            raise TypeError(f"{name} must name its arguments one by one, without {one}.")
+        if one.kind is not one.KEYWORD_ONLY and len(positional) < 2:
+            positional.append(one.name)
+            continue
+        if one.kind is one.POSITIONAL_ONLY:
+            raise TypeError(f"{name}: only task and ctx are given by position, not {one.name}.")
+        if isinstance(one.default, FieldInfo):
+            raise TypeError(f"{name}: write {one.name}: Annotated[…, Field(…)] = default.")
+        adapter = TypeAdapter(hints.get(one.name, Any))
+        named[one.name] = Parameter(adapter=adapter, required=one.default is one.empty)
+    if len(positional) < 2:
+        raise TypeError(f"{name} must take a task and a context: async def {name}(task, ctx).")
+    return named
+
+
+def load(modules: Sequence[str]) -> list[Handler]:
+    """Imports the modules and returns their handlers, each once. The current folder is the last place to look.
+
+    Raises Misconfigured.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    found: dict[int, Handler] = {}
+    for name in modules:
+        if name == "workers" or name.partition(".")[0] == "app":
+            raise Misconfigured(f"A worker module cannot be called {name}: that is a package of Taskcast's own.")
+        handlers = [value for value in vars(_import(name)).values() if isinstance(value, Handler)]
+        if not handlers:
+            raise Misconfigured(f"The module {name} has no worker: no `async def` function with @task(…) stands in it.")
+        found |= {id(one): one for one in handlers}
+    return list(found.values())
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        missing = error.name or name
+        if name != missing and not name.startswith(f"{missing}."):
+            raise Misconfigured(f"The module {name} needs {missing}, which is not installed.") from error
+        hint = f" Did you mean {name.removesuffix('.py')}?" if name.endswith(".py") else ""
+        raise Misconfigured(f"There is no module {name}, neither installed nor in the current folder.{hint}") from error
+    except Exception as error:
+        raise Misconfigured(f"The module {name} cannot be imported: {sentence(error)}") from error
+
+
+def by_queue(handlers: Sequence[Handler], queues: Sequence[str] = ()) -> dict[str, Handler]:
+    """Which handler serves which queue; `queues` limits them. Raises Misconfigured."""
+    served: dict[str, Handler] = {}
+    for handler in handlers:
+        for queue in handler.queues:
+            if queues and queue not in queues:
+                continue
+            other = served.setdefault(queue, handler)
+            if other is not handler:
+                raise Misconfigured(f"The queue {queue} is served twice: by {other.name} and by {handler.name}.")
+    if absent := [queue for queue in queues if queue not in served]:
+        raise Misconfigured(f"No worker here serves the queue {absent[0]}.")
+    if not served:
+        raise Misconfigured("There is no worker to run.")
+    return served
+
+
+# What an attempt comes to
+
+
+def conclusion(handler: Handler, context: Context, work: asyncio.Task[Result]) -> list[AnyEvent]:
+    """What is said of a handler that ended by itself."""
+    cancelled = asyncio.CancelledError("the handler cancelled itself")
+    error = cancelled if work.cancelled() else work.exception()
+    if error is None:
+        try:
+            return answer(work.result(), context)
+        except Exception as unfit:  # noqa: BLE001 (a model's own serialiser may raise anything)
+            # Not a case for `retry`: the next attempt would return it again.
+            return [_errored(unfit)]
+    leaves = _leaves(error)
+    for leaf in leaves:
+        if isinstance(leaf, Failed):
+            text = _short(str(leaf)) or "The task failed."
+            return [events.Failed(message=text, error=text)]
+    task = context.task
+    if all(isinstance(leaf, handler.retry) for leaf in leaves) and task.attempt < task.max_attempts:
+        seconds = backoff_seconds(task.attempt)
+        said = f"Attempt {task.attempt} ended with {sentence(leaves[0])}; the next one begins in {seconds} s."
+        return [events.Requeued(message=said, delay_seconds=seconds)]
+    return [_errored(leaves[0])]
+
+
+def _errored(error: BaseException) -> events.Errored:
+    text = sentence(error)
+    return events.Errored(message=text, error=text)
+
+
+def answer(result: Result, context: Context) -> list[AnyEvent]:
+    """The events of a handler's result. Raises TypeError, ValueError for one that is none."""
+    kind = "text"
+    if result is None:
+        text = ""
+    elif isinstance(result, str):
+        text = result
+    elif isinstance(result, (Mapping, BaseModel, Struct)):
+        kind, text = "json", msgspec.json.encode(result, enc_hook=_plain).decode()
+        if not text.startswith("{"):
+            raise TypeError("a worker's JSON result is an object")
+    else:
+        raise TypeError(f"a worker returns text, a dict or a model, not {type(result).__name__}")
+    if (size := len(text.encode())) > RESULT_BYTES_MAX:
+        raise ValueError(f"the result has {size} bytes; at most {RESULT_BYTES_MAX} are allowed")
+    usage = context.take_usage()
+    said: list[AnyEvent] = []
+    if kind == "text" and context.final_text != text:
+        duration = context.elapsed_ms
+        said = [events.TextCompleted(agent=FINAL_OUTPUT, text=text, usage=usage, duration_ms=duration)]
+        usage = None
+    return [*said, events.Completed(message="Task completed.", result=text, result_type=kind, usage=usage)]
+
+
+def _plain(value: Any) -> Any:
+    """What msgspec does not know inside a result."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"a result cannot hold {type(value).__name__}")
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """An exception, or those in a group: a handler's own TaskGroup raises such."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for one in error.exceptions for leaf in _leaves(one)]
+    return [error]
+
+
+def sentence(error: BaseException) -> str:
+    """`TypeName: message`."""
+    name = type(error).__name__
+    return _short(f"{name}: {error}" if str(error) else name)
+
+
+def _short(text: str) -> str:
+    """Short enough for an event, and without what JSON cannot hold."""
+    if len(text) > ERROR_CHARACTERS_MAX:
+        text = f"{text[:ERROR_CHARACTERS_MAX]} …"
+    return text.encode(errors="replace").decode()
+
+
+def backoff_seconds(attempt: int) -> int:
+    """1, 2, 4 … 60 after attempts 1, 2, 3 …"""
+    return min(1 << min(attempt - 1, 6), BACKOFF_SECONDS_MAX)
+
+
+# The worker
+
+
+async def run(
+    store: Store,
+    handlers: Sequence[Handler],
+    *,
+    stop: asyncio.Event,
+    queues: Sequence[str] = (),
+    slots: int = 10,
+    name: str = "",
+) -> None:
+    """Works until `stop` is set, and then until no task is on its hands. At most `slots` tasks at a time.
+
+    `queues` limits those served; empty: all that the handlers name. Raises Misconfigured at once.
+    """
+    served = by_queue(handlers, queues)
+    if slots < 1:
+        raise Misconfigured("A worker needs at least one slot.")
+    await Worker(store, served, stop=stop, slots=slots, name=name or secrets.token_hex(4)).run()
+
+
+async def ticker(store: Store) -> None:
+    """Appends what is due, once a second, for ever. Every process runs one."""
+    while True:
+        try:
+            await store.queues.tick()
+        except Unavailable as error:
+            logger.warning("ticker.waiting", reason=str(error))
+        except Exception:
+            logger.exception("ticker.failed")
+        await asyncio.sleep(TICK_SECONDS)
+
+
+class Worker:
+    """One process's share of the work; made and run by `run`."""
+
+    def __init__(
+        self, store: Store, handlers: Mapping[str, Handler], *, stop: asyncio.Event, slots: int, name: str
+    ) -> None:
+        self.name = name
+        self.refused = 0
+        """Events that the store would not have from this worker."""
+        self._store = store
+        self._handlers = handlers
+        self._queues = sorted(handlers)
+        self._stop = stop
+        self._slots = slots
+        self._lease_seconds = store.settings.lease_seconds
+        self._grace_seconds = store.settings.grace_seconds
+        self._held: dict[tuple[str, str], Attempt] = {}
+        """What this worker has a lease for. A handler that will not end may outlive its place here."""
+        self._runners: set[asyncio.Task[None]] = set()
+        """One per taken slot."""
+        self._freed = asyncio.Event()
+        self._log = logger.bind(worker=name)
+
+    async def run(self) -> None:
+        self._log.info("worker.started", queues=self._queues, slots=self._slots)
+        try:
+            async with self._store.watch(self._hear), asyncio.TaskGroup() as group:
+                rounds = [group.create_task(ticker(self._store)), group.create_task(self._renew())]
+                await self._claim()
+                await self._drain()
+                for one in rounds:
+                    one.cancel()
+        finally:
+            for runner in self._runners:
+                runner.cancel()
+            await asyncio.gather(*self._runners, return_exceptions=True)
+        self._log.info("worker.stopped", refused=self.refused)
+
+    async def _claim(self) -> None:
+        """Until the stop."""
+        while not self._stop.is_set():
+            try:
+                async with self._store.queues.waiting(self._queues) as woken:
+                    while not self._stop.is_set():
+                        await self._claim_free(woken)
+            except Unavailable as error:
+                self._log.warning("worker.waiting", reason=str(error))
+                await self._unless_stopped(asyncio.sleep(PAUSE_SECONDS))
+            except Exception:  # a worker that dies drops its running handlers; one that waits may be mended
+                logger.exception("worker.claim_failed", worker=self.name)
+                await self._unless_stopped(asyncio.sleep(PAUSE_SECONDS))
+
+    async def _claim_free(self, woken: Callable[[], Awaitable[None]]) -> None:
+        self._freed.clear()
+        free = self._slots - len(self._runners)
+        if not free:
+            await self._unless_stopped(self._freed.wait())
+            return
+        # Not to be cut off by the stop: what the store has handed out must be known here.
+        asked_at = asyncio.get_running_loop().time()
+        claimed = await self._store.claim(self._queues, self.name, free)
+        for one in claimed:
+            self._begin(one, self._lease_until(asked_at))
+        if len(claimed) < free:
+            await self._unless_stopped(woken())
+
+    def _lease_until(self, asked_at: float) -> float:
+        """By this process's clock. A call that the store's absence drew out was answered for its last try; that the
+        lease may date from an earlier one is what fences are for.
+        """
+        now = asyncio.get_running_loop().time()
+        return max(asked_at + self._lease_seconds, now + self._lease_seconds / 2)
+
+    async def _unless_stopped(self, wanted: Awaitable[object]) -> None:
+        """Raises what it raises."""
+        both = [asyncio.ensure_future(wanted), asyncio.ensure_future(self._stop.wait())]
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if both[0].done():
+                both[0].result()
+        finally:
+            for one in both:
+                one.cancel()
+            await asyncio.gather(*both, return_exceptions=True)
+
+    def _begin(self, claimed: Claimed, lease_until: float) -> None:
+        attempt = Attempt(self._store, claimed, worker=self.name)
+        attempt.keep(lease_until)
+        self._held[claimed.org, claimed.task] = attempt
+        runner = asyncio.create_task(self._attend(attempt), name=f"attempt {claimed.task} {claimed.fence}")
+        self._runners.add(runner)
+        runner.add_done_callback(self._free)
+
+    def _free(self, runner: asyncio.Task[None]) -> None:
+        self._runners.discard(runner)
+        self._freed.set()
+
+    # One attempt
+
+    async def _attend(self, attempt: Attempt) -> None:
+        one = attempt.claimed
+        log = self._log.bind(task_id=one.task, org=one.org, fence=one.fence)
+        try:
+            task = await attempt.read()
+            log = log.bind(attempt=task.attempt)
+            log.info("task.claimed", queue=task.queue)
+            await self._work(attempt, task, log)
+        except Over:
+            self._log_over(attempt, log)
+            if attempt.lost == LOST:
+                message = "The store lost events of this attempt; the task begins again."
+                await attempt.give_back(events.Requeued(message=message, refund=True))
+        except Exception:
+            log.exception("task.abandoned")
+        finally:
+            attempt.lose("ended")
+            self.refused += attempt.refused
+            if self._held.get((one.org, one.task)) is attempt:
+                del self._held[one.org, one.task]
+
+    async def _work(self, attempt: Attempt, task: Task, log: Any) -> None:
+        """Runs the handler, and appends what came of it. Raises Over."""
+        context, handler = Context(attempt, task), self._handlers[task.queue]
+        work: asyncio.Task[Result] | None = None
+        if not self._stop.is_set():
+            work = attempt.work = asyncio.create_task(_call(handler, context), name=f"handler {task.id}")
+            try:
+                await self._until_done(attempt, work, log)
+            finally:
+                attempt.interrupted.set()
+                work.cancel()
+        if attempt.lost:
+            raise Over(attempt.lost)
+        if work is None or attempt.stopped:
+            message = "The worker stopped and gave the task back."
+            said: list[AnyEvent] = [events.Requeued(message=message, refund=True)]
+        else:
+            said = conclusion(handler, context, work)
+        try:
+            for event in said:
+                await attempt.append(event)
+        except Invalid as error:  # for example a text that takes more room as JSON than an event may have
+            said = [_errored(error)]
+            await attempt.append(said[0])
+        self._log_end(said[-1], work, log)
+
+    async def _until_done(self, attempt: Attempt, work: asyncio.Task[Result], log: Any) -> None:
+        """Until the handler has ended; or, when the worker stops, until it has been waited for long enough."""
+        interrupted = asyncio.ensure_future(attempt.interrupted.wait())
+        try:
+            await asyncio.wait([work, interrupted], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            interrupted.cancel()
+        if not work.done():
+            await asyncio.wait([work], timeout=self._grace_seconds)
+        if not work.done():
+            log.warning("task.not_interruptible", seconds=self._grace_seconds, stopping=attempt.stopped)
+            if not attempt.stopped:
+                await asyncio.wait([work])  # its slot is taken as long as it runs
+
+    def _log_over(self, attempt: Attempt, log: Any) -> None:
+        error = None
+        if (work := attempt.work) and work.done() and not work.cancelled():
+            error = work.exception()  # raised while it was being cancelled: nobody else would hear of it
+        if attempt.lost in TERMINAL or attempt.lost == GONE:
+            log.info("task.cancelled", status=attempt.lost, exc_info=error)
+        else:
+            log.warning("task.lease_lost", reason=attempt.lost, exc_info=error)
+
+    def _log_end(self, event: AnyEvent, work: asyncio.Task[Result] | None, log: Any) -> None:
+        if isinstance(event, events.Completed):
+            log.info("task.completed", bytes=len(event.result), result_type=event.result_type)
+        elif isinstance(event, events.Failed):
+            log.info("task.failed", error=event.error)
+        elif isinstance(event, events.Requeued):
+            log.info("task.requeued", reason=event.message, delay_seconds=event.delay_seconds)
+        else:
+            assert isinstance(event, events.Errored), "an attempt comes to one of these four"
+            error = work.exception() if work and not work.cancelled() else None
+            log.error("task.errored", error=event.error, exc_info=error)
+
+    # What keeps attempts alive, and what ends them
+
+    def _hear(self, one: Logged) -> None:
+        """An entry of the partition's log; most are not about a task of ours."""
+        attempt = self._held.get((one.org, one.entry.task))
+        if attempt is None or one.entry.fence < attempt.claimed.fence or one.entry.n:
+            return
+        if one.entry.fence > attempt.claimed.fence:
+            attempt.lose(TAKEN)
+        elif one.before is not one.after:
+            attempt.hear(one.after, one.entry.seq)
+
+    async def _renew(self) -> None:
+        """Keeps all leases, in one call per third of a lease. Never ends by itself: whatever fails, it asks again."""
+        loop = asyncio.get_running_loop()
+        period = self._lease_seconds / 3
+        pause, again = period, min(period / 4, RENEW_PAUSE_SECONDS_MAX)
+        while True:
+            await asyncio.sleep(pause)
+            asked_at = loop.time()
+            held = {attempt.claimed: (attempt, attempt.seq) for attempt in self._held.values()}
+            try:
+                answers = await self._store.renew(list(held))
+            except Unavailable as error:
+                self._log.warning("worker.renewal_waiting", reason=str(error))
+                pause = again
+                continue
+            except Exception:
+                logger.exception("worker.renewal_failed", worker=self.name)
+                pause = again
+                continue
+            for claimed, status in answers.items():
+                attempt, seq = held[claimed]
+                if not status:
+                    attempt.lose(LEASE)
+                    continue
+                attempt.keep(self._lease_until(asked_at))
+                if attempt.seq == seq:  # else it has heard something newer than this answer
+                    attempt.hear(Status(status))
+            # A slow answer has used up part of what it granted.
+            pause = max(0.0, asked_at + period - loop.time())
+
+    async def _drain(self) -> None:
+        """Lets handlers end for the grace time, then cancels them; each gives its task back."""
+        for attempt in [*self._held.values()]:
+            attempt.drain()
+        if self._runners:
+            self._log.info("worker.draining", tasks=len(self._runners), grace_seconds=self._grace_seconds)
+            await asyncio.wait(self._runners, timeout=self._grace_seconds)
+        for attempt in [*self._held.values()]:
+            attempt.stop()
+        if self._runners:
+            # Handlers that ignore their cancellation, and a store that is away, get the same time once more.
+            await asyncio.wait(self._runners, timeout=self._grace_seconds + PAUSE_SECONDS)
+
+
+async def _call(handler: Handler, context: Context) -> Result:
+    try:
+        return await handler(context.task, context, **handler.arguments(context.task.context))
+    except SystemExit as error:  # it would end the whole worker, and with each attempt another one
+        raise RuntimeError(f"the handler called sys.exit({error.code!r})") from error
