@@ -15,6 +15,8 @@ from app.errors import Invalid, TooLarge
 
 EVENT_BYTES_MAX = 256 * 1024
 RESULT_BYTES_MAX = 192 * 1024
+DEPTH_MAX = 110
+"""Of nested JSON; decoders give up at a depth that depends on who calls them."""
 TEXT_BYTES_MAX = 192 * 1024
 """All text generated so far by one task, over all its agents."""
 
@@ -295,8 +297,22 @@ def encode(event: AnyEvent) -> bytes:
         size = len(event.result.encode())
         if size > RESULT_BYTES_MAX:
             raise TooLarge(f"The result has {size} bytes; at most {RESULT_BYTES_MAX} are allowed.")
+    if raw.count(b"[") + raw.count(b"{") > DEPTH_MAX and _depth(raw) > DEPTH_MAX:
+        raise Invalid(f"The event is nested deeper than {DEPTH_MAX} levels.")
     decode(raw)  # msgspec checks bounds and patterns only when it decodes
     return raw
+
+
+def _depth(raw: bytes) -> int:
+    """Of JSON: brackets inside strings do not count."""
+    depth = deepest = 0
+    for bracket in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw):
+        if bracket in b"[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif bracket in b"]}":
+            depth -= 1
+    return deepest
 
 
 def decode(raw: bytes) -> AnyEvent:

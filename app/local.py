@@ -39,12 +39,11 @@ from app.settings import Settings
 from app.snapshots import Difference
 from app.store import Store, open_store
 from app.supervisor import Child, Supervisor, supervisor
+from workers import model as model_server
 from workers import runtime
 
 T = TypeVar("T")
 
-MODEL = "smollm2-135m-instruct"
-"""What `workers.model` calls itself."""
 POLL_SECONDS = 0.05
 """Between two questions whether the API answers yet."""
 
@@ -161,6 +160,7 @@ def _api(settings: Settings, sock: socket.socket, url: str) -> Part:
 
 
 def _model(settings: Settings) -> Part:
+    model_server.find_weights()  # or it says what to install
     # Chosen here, so that it is the same after a restart.
     with listen(Settings(host="127.0.0.1", port=0)) as probe:
         port = probe.getsockname()[1]
@@ -178,7 +178,7 @@ def _workers(settings: Settings, *, model: str) -> list[Part]:
     served = {"workers.echo": "default,agent:echo"}
     if model:
         served = {"workers.llm": "default,agent:llm", "workers.echo": "agent:echo"}
-    local = {"OPENAI_BASE_URL": model, "OPENAI_API_KEY": "local", "OPENAI_MODEL": MODEL} if model else {}
+    local = {"OPENAI_BASE_URL": model, "OPENAI_API_KEY": "local", "OPENAI_MODEL": model_server.NAME} if model else {}
     return [
         Part(
             label="Worker",

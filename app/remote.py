@@ -398,7 +398,7 @@ def _show(body: Json) -> None:
         "query": body["query"],
         "session": body["session_id"],
         "mode": body["mode"].removeprefix("EXECUTION_MODE_").lower(),
-        "created": f"{_local(body['created_at'])} ({_ago(body['created_at'], now)})",
+        "created": f"{_local(body['created_at'])} ({ago(body['created_at'], now)})",
         "took": duration(took) if ended else None,
         "progress": f"{body['progress']:.0%}" if body.get("progress") and not ended else None,
         "attempt": str(body["attempt"]) if (body.get("attempt") or 0) > 1 else None,
@@ -424,7 +424,7 @@ def _show_list(body: Json, offset: int) -> None:
     rows: list[list[str | Text]] = []
     for item in body["tasks"]:
         status, tokens = word(item["status"]), item["total_token_usage"]["total_tokens"]
-        about = [_ago(item["created_at"], now), f"{tokens:,}" if tokens else "", " ".join(clean(item["query"]).split())]
+        about = [ago(item["created_at"], now), f"{tokens:,}" if tokens else "", " ".join(clean(item["query"]).split())]
         rows.append([item["task_id"], Text(status, style=STYLES.get(status, "")), *about])
     print_columns(console, ("TASK", "STATUS", "CREATED", "TOKENS", "QUERY"), rows)
     last = offset + len(body["tasks"])
@@ -438,7 +438,7 @@ def _seconds_between(begin: str | None, end: str | None) -> float:
     return (datetime.fromisoformat(end) - datetime.fromisoformat(begin)).total_seconds()
 
 
-def _ago(moment: str, now: datetime) -> str:
+def ago(moment: str, now: datetime) -> str:
     seconds = (now - datetime.fromisoformat(moment)).total_seconds()
     for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= size:

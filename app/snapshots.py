@@ -41,6 +41,10 @@ class Difference(Struct, frozen=True):
     what: str
 
 
+FAILURES = (Status.FAILED, Status.ERRORED)
+"""What a session counts as failed: not what somebody cancelled, nor what ran out of time."""
+
+
 class Session(Struct, frozen=True, kw_only=True):
     """A session's totals: sums over its tasks, merged over the partitions. Times in µs."""
 
@@ -132,16 +136,15 @@ class Snapshots:
                         first = found
                     if place == -1 and found and (latest is None or found.created_at > latest.created_at):
                         latest = found
-        ended = [("status", status.value, "session", scope) for status in sorted(TERMINAL)]
-        tasks, *by_status = await self.counts(org, ("session", scope), *ended)
-        completed = by_status[sorted(TERMINAL).index(Status.COMPLETED)]
+        ended = [("status", status.value, "session", scope) for status in (Status.COMPLETED, *FAILURES)]
+        tasks, completed, *failed = await self.counts(org, ("session", scope), *ended)
         title = await self.door.read("HGET", self._session_home(org, owner, id_), "title")
         return Session(
             id=id_,
             created_at=min(created, default=0),
             tasks=tasks,
             completed=completed,
-            failed=sum(by_status) - completed,
+            failed=sum(failed),
             title=title.decode() if title else "",
             first=first,
             latest=latest,
@@ -207,9 +210,8 @@ class Snapshots:
         if mark.fields and passed != [mark]:
             return [Difference(id_, "the copy kept for trimming differs from its events")]
         if stored.fields != folded.fields:
-            names = sorted({*stored.fields.items()} ^ {*folded.fields.items()})
-            fields = ", ".join(dict.fromkeys(name for name, _ in names))
-            return [Difference(id_, f"its snapshot differs from its events in {fields}")]
+            differing = {name for name, _ in stored.fields.items() ^ folded.fields.items()}
+            return [Difference(id_, f"its snapshot differs from its events in {', '.join(sorted(differing))}")]
         if stored.text != folded.text:
             return [Difference(id_, "its text differs from its events")]
         return []
@@ -358,7 +360,7 @@ class Snapshots:
         if len(tags) > 1:
             found.sort(key=lambda item: item[:2], reverse=True)
             found = found[offset : offset + limit]
-            capped = capped or WALK_MAX < min(offset + limit, total)
+            capped = capped or min(offset + limit, total) > WALK_MAX
         return Listed([item[2] for item in found], total, capped)
 
 

@@ -1,11 +1,13 @@
 """What `watch` shows, event by event: no network, no terminal."""
 
 import io
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
+from app.remote import ago
 from app.screen import Lines, View, duration, print_columns
 
 
@@ -123,3 +125,10 @@ def test_durations_are_told_as_people_say_them() -> None:
         "1 h 00 min",
         "2 h 01 min",
     ]
+
+
+def test_ages_are_told_in_one_unit() -> None:
+    now = datetime(2026, 1, 3, tzinfo=UTC)
+    ages = {0.5: "now", 59: "59 s ago", 61: "1 min ago", 7200: "2 h ago", 90_000: "1 d ago"}
+    for seconds, told in ages.items():
+        assert ago((now - timedelta(seconds=seconds)).isoformat(), now) == told

@@ -1,5 +1,6 @@
 """Events: what is written is what is read, and what is wrong is refused before it is written."""
 
+import json
 import math
 
 import pytest
@@ -31,6 +32,7 @@ def test_each_event_type_has_its_own_tag() -> None:
 @pytest.mark.parametrize(
     "event",
     [
+        events.Thinking(payload={"a": json.loads("[" * 120 + "]" * 120)}),
         events.Progressed(fraction=1.5),
         events.Progressed(fraction=math.nan),
         events.Noted(name="lower"),

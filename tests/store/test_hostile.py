@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from app import events, keys
+from app.connect import Arg
 from app.errors import Conflict, Invalid, Stale, TooLarge, Unavailable
 from app.events import Submission, TextDelta, Usage
 from app.hub import Ended, Item
@@ -76,7 +77,7 @@ async def test_a_queue_named_twice_gives_a_task_once(store: Store) -> None:
     # The script guards itself too: other clients speak to it.
     await store.submit(Submission(id="t2", org="o", query="?", submission="t2"))
     event = events.Started(worker="w")
-    claim = [keys.prefix(tag), store.log._limits, "c", 5, 2000, events.encode(event)]
+    claim: list[Arg] = [keys.prefix(tag), store.log._limits, "c", 5, 2000, events.encode(event)]
     rows = b'[[["queued"],{"status":"running","ready":"remove","add":{"fence":1,"attempt":1}}]]'
     raw = await store.door.run("claim", [keys.key(tag, "leases")], [*claim, rows, "default", "default"])
     assert len(raw) == 1

@@ -75,7 +75,8 @@ async def test_sessions_sum_up_their_tasks_and_are_their_owners(store: Store) ->
     (one,) = await store.claim(["q0"], "w", 1)
     usage = events.Usage(input_tokens=2, output_tokens=3, cost_nano=7)
     await store.append("o", "t0", events.Completed(result="x", usage=usage), fence=one.fence, n=1)
-    await store.append("o", "t1", events.Cancelled())
+    await store.append("o", "t1", events.Errored(error="x"))
+    await store.append("o", "t2", events.Cancelled())
     session = await store.snapshots.session("o", "u", "s")
     assert session is not None
     assert (session.tasks, session.completed, session.failed) == (3, 1, 1)

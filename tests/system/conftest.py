@@ -237,19 +237,37 @@ class Proxy:
         """Streams asked for so far."""
         self.cut = 0
         """Connections cut so far."""
+        self._serving: set[asyncio.Task[None]] = set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", self._port)
-            line = Line(self, behind_writer)
-            asking = asyncio.create_task(line.ask(reader))
-            try:
-                await line.answer(behind_reader, writer)
-            finally:
-                asking.cancel()
-                await asyncio.gather(asking, return_exceptions=True)
-                behind_writer.transport.abort()
-        writer.close()
+        task = asyncio.current_task()
+        assert task
+        self._serving.add(task)
+        try:
+            # asyncio reports a cancelled connection as an error (before 3.12).
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await self._serve(reader, writer)
+        finally:
+            writer.close()
+            self._serving.discard(task)
+
+    async def aclose(self) -> None:
+        """Browsers keep connections open for later."""
+        serving = [*self._serving]
+        for task in serving:
+            task.cancel()
+        await asyncio.gather(*serving, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        line = Line(self, behind_writer)
+        asking = asyncio.create_task(line.ask(reader))
+        try:
+            await line.answer(behind_reader, writer)
+        finally:
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            behind_writer.transport.abort()
 
     def next_cut(self) -> int | None:
         self.streams += 1
@@ -293,3 +311,4 @@ async def proxy(port: int, cuts: Sequence[int]) -> AsyncIterator[Proxy]:
         yield made
     finally:
         listener.close()
+        await made.aclose()

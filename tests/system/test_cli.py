@@ -21,9 +21,11 @@ import pytest
 from msgspec import Struct
 
 from app import cli, identity, remote
-from app.local import size_of
+from app.errors import Misconfigured
+from app.local import settings_of, size_of, without_password
 from tests.system.conftest import KEY, ROOT, TASKCAST, Server, client_of, ended, proxy, running, submit
 from tests.waiting import wait_until
+from workers import model
 
 TEXT = "one two\nthree four\nfive six"
 
@@ -137,6 +139,8 @@ async def test_json_is_one_object_per_line(server: Server) -> None:
     assert json.loads(got.out)["result"] == "a b"
     listed = await taskcast("list", "--limit", "1", "--json", TASKCAST_URL=server.url)
     assert len(json.loads(listed.out)["tasks"]) == 1
+    short = await taskcast("list", "--limit", "1", TASKCAST_URL=server.url)
+    assert re.search(r"^1 of \d+; --offset 1 shows more\.$", short.out, re.MULTILINE)
 
 
 async def test_exit_codes_tell_how_the_task_ended(server: Server) -> None:
@@ -168,11 +172,12 @@ async def test_a_control_that_comes_too_late_exits_1_and_says_why(server: Server
 async def test_pause_resume_and_delete(server: Server) -> None:
     url = {"TASKCAST_URL": server.url}
     async with client_of(server.url) as http:
-        id_ = await submit(http, "a b c d", context={"echo": {"steps": 4, "delay_ms": 300}})
-        assert (await taskcast("pause", id_, **url)).code == 0
+        id_ = await submit(http, "a", context={"echo": {"delay_ms": 50_000}})
+        await wait_until(lambda: running(http, id_), "the task runs")
+        assert await taskcast("pause", id_, **url) == Ran(0, f"Task {id_} pauses at its next checkpoint.\n", "")
         assert "paused" in (await taskcast("get", id_, **url)).out
-        assert (await taskcast("resume", id_, **url)).code == 0
-        await wait_until(lambda: ended(http, id_), "the task ends")
+        assert await taskcast("resume", id_, **url) == Ran(0, f"Task {id_} goes on.\n", "")
+        assert (await taskcast("cancel", id_, "--json", **url)).out.startswith('{"success":true')
     assert await taskcast("delete", id_, **url) == Ran(0, f"Task {id_} is deleted.\n", "")
     for verb in ("get", "watch", "delete", "cancel"):
         assert await taskcast(verb, id_, **url) == Ran(5, "", "Task not found.\n")
@@ -231,6 +236,11 @@ async def test_watch_goes_on_behind_its_cursor_when_the_connection_breaks(server
     assert cutting.cut == 2
     assert ran.out.count("(The connection was lost; trying again in 0.5 s.)") == 2
     assert [line for line in ran.out.splitlines() if line in TEXT.splitlines()] == TEXT.splitlines()
+    async with proxy(server.port, [900]) as cutting:
+        ran = await taskcast("watch", id_, "--json", TASKCAST_URL=cutting.url)
+    assert (ran.code, ran.err) == (0, "The connection was lost; trying again in 0.5 s.\n")
+    cursors = [json.loads(line)["id"] for line in ran.out.splitlines()]
+    assert len(cursors) == len(set(cursors))
 
 
 async def test_ctrl_c_ends_watch_quietly_and_the_task_goes_on(server: Server) -> None:
@@ -244,36 +254,51 @@ async def test_ctrl_c_ends_watch_quietly_and_the_task_goes_on(server: Server) ->
         await wait_until(lambda: ended(http, id_), "the task ends")
 
 
+class Terminal:
+    """A process on a terminal of its own, and all that it wrote there."""
+
+    def __init__(self, *words: str, **changed: str) -> None:
+        self._ours, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
+        one = {"env": environment(TERM="xterm-256color", COLUMNS="90", **changed), "start_new_session": True}
+        self.process = subprocess.Popen([TASKCAST, *words], stdin=theirs, stdout=theirs, stderr=theirs, **one)  # type: ignore[call-overload]
+        os.close(theirs)
+        self.raw = ""
+        self._reading = asyncio.create_task(asyncio.to_thread(self._read))
+
+    def _read(self) -> None:
+        with suppress(OSError):  # Linux says in this way that the other end is closed
+            while piece := os.read(self._ours, 65536):
+                self.raw += piece.decode()
+        os.close(self._ours)
+
+    async def end(self) -> int:
+        await self._reading
+        code: int = await asyncio.to_thread(self.process.wait)
+        return code
+
+    @property
+    def kept(self) -> str:
+        """What is left behind the last line that was wiped."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw[self.raw.rindex("\x1b[2K") :]).replace("\r", "").strip()
+
+
 async def test_on_a_terminal_the_task_is_shown_live_and_stays_as_text_and_summary(server: Server) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
-    context = echo(steps=6, delay_ms=120)
-    process = await asyncio.create_subprocess_exec(
-        *(TASKCAST, "submit", TEXT, "--watch", "--context", context),
-        env={**environment(TASKCAST_URL=server.url, TERM="xterm-256color"), "COLUMNS": "90"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    raw = await asyncio.to_thread(_read_all, ours)
-    assert await process.wait() == 0
-    assert "━" in raw
-    assert "Step 3 of 6" in raw
-    assert "running" in raw
-    kept = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", raw[raw.rindex("\x1b[2K") :]).replace("\r", "")
-    assert kept.strip().startswith(TEXT)
-    assert "✓ completed" in kept
+    terminal = Terminal("submit", TEXT, "--watch", "--context", echo(steps=6, delay_ms=120), TASKCAST_URL=server.url)
+    assert await terminal.end() == 0
+    for shown in ("━", "Step 3 of 6", "running"):
+        assert shown in terminal.raw
+    assert terminal.kept.startswith(TEXT)
+    assert "✓ completed" in terminal.kept
 
 
-def _read_all(descriptor: int) -> str:
-    data = b""
-    with suppress(OSError):  # Linux says that the other end is closed in this way
-        while piece := os.read(descriptor, 65536):
-            data += piece
-    os.close(descriptor)
-    return data.decode()
+async def test_on_a_terminal_ctrl_c_leaves_the_text_so_far(server: Server) -> None:
+    terminal = Terminal("submit", TEXT, "--watch", "--context", echo(steps=6, delay_ms=700), TASKCAST_URL=server.url)
+    await wait_until(lambda: "Step 2 of 6" in terminal.raw, "the second step is shown")
+    terminal.process.send_signal(signal.SIGINT)
+    assert await terminal.end() == 130
+    assert terminal.kept.startswith("one two")
+    assert "Traceback" not in terminal.raw
 
 
 async def test_help_names_the_verbs_and_the_exit_codes() -> None:
@@ -324,7 +349,7 @@ class Served(Struct):
 async def serving(folder: Path, *words: str, **changed: str) -> AsyncIterator[Served]:
     one = start("serve", "--port", "0", "--data", str(folder / "data"), *words, **changed)
     await one.says("Ctrl-C stops all of it.")
-    (url,) = set(re.findall(r"http://127\.0\.0\.1:\d+", one.out))
+    (url,) = re.findall(r"^  API +(http://127\.0\.0\.1:\d+) ", one.out, re.MULTILINE)
     told = re.findall(r"^  (\w+) .*process(?:es)? ([\d, ]+)$", one.out, re.MULTILINE)
     yield Served(one, url, {label: [int(pid) for pid in pids.split(",")] for label, pids in told})
     one.process.send_signal(signal.SIGINT)
@@ -405,6 +430,33 @@ async def test_several_api_processes_share_the_port_and_a_second_server_is_told_
         await served.says("API process 1 runs again")
 
 
+async def test_with_llm_a_local_model_answers_the_tasks(tmp_path: Path) -> None:
+    try:
+        model.find_weights()
+    except Misconfigured as absent:
+        pytest.skip(str(absent))
+    async with serving(tmp_path, "--llm") as served:
+        assert len(served.pids["Model"]) == 1
+        ran = await taskcast("submit", "What is the capital of France?", "--watch", TASKCAST_URL=served.url)
+        assert ran.code == 0
+        assert "Paris" in ran.out
+        assert ran.out.splitlines()[-1].endswith("smollm2-135m-instruct")
+
+
+async def test_with_a_store_of_ones_own_a_key_is_needed(server: Server, folder: Path) -> None:
+    store = f"unix://{folder / 'data' / 'valkey.sock'}"
+    one = start("serve", "--port", "0", "--no-worker", "--redis", store)
+    await one.says("Ctrl-C stops all of it.")
+    assert f"Data  {store}" in re.sub(" +", "  ", one.out)
+    assert "`taskcast keys create --redis URL` makes one" in one.out
+    (url,) = re.findall(r"http://127\.0\.0\.1:\d+", one.out)
+    assert "does not know this key" in (await taskcast("list", TASKCAST_URL=url)).err
+    made = await taskcast("keys", "create", "--redis", store)
+    assert (await taskcast("list", TASKCAST_URL=url, TASKCAST_KEY=made.out.strip())).code == 0
+    one.process.send_signal(signal.SIGTERM)
+    assert (await one.end()).code == 0
+
+
 # Verbs on the store
 
 
@@ -424,36 +476,54 @@ async def test_keys_are_made_listed_and_revoked(server: Server, folder: Path) ->
     assert await taskcast("keys", "revoke", id_, *data) == Ran(0, f"{id_} is revoked.\n", "")
     assert (await taskcast("keys", "revoke", id_, *data)).code == 2
     assert (await taskcast("keys", "create", "--org", "a/b", *data)).code == 2
+    assert (await taskcast("keys", "list", *data)).out == "There are no keys. `taskcast keys create` makes one.\n"
 
 
 async def test_verify_finds_what_differs_and_rebuild_mends_it_when_nobody_else_is_there(tmp_path: Path) -> None:
     data = ("--data", str(tmp_path / "data"))
     async with serving(tmp_path) as served:
-        id_ = (await taskcast("submit", "x", TASKCAST_URL=served.url)).out.strip()
-        await taskcast("watch", id_, TASKCAST_URL=served.url)
-        assert (await taskcast("verify", *data)).out == "1 task checked: everything agrees with the log.\n"
+        changed, damaged = [
+            json.loads(
+                (await taskcast("submit", "x", "--watch", "--json", TASKCAST_URL=served.url)).out.splitlines()[0]
+            )["task_id"]
+            for _ in range(2)
+        ]
+        assert (await taskcast("verify", *data)).out == "2 tasks checked: everything agrees with the log.\n"
         refused = await taskcast("rebuild", *data)
         assert refused.code == 2
         assert "Stop it first" in refused.err
-        await _tamper(tmp_path / "data" / "valkey.sock", id_)
+        await _tamper(tmp_path / "data" / "valkey.sock", changed, damaged)
         found = await taskcast("verify", *data)
         assert found.code == 1
-        assert f"{id_}: its snapshot differs from its events in query\n" in found.out
-        assert "1 task checked: 1 difference." in found.out
-    assert (await taskcast("rebuild", *data)).out == "1 task rebuilt from the log; running ones are queued again.\n"
-    assert (await taskcast("verify", *data)).code == 0
+        assert f"{changed}: its snapshot differs from its events in query\n" in found.out
+        assert f"{damaged}: " in found.out
+        assert "2 tasks checked: " in found.out
+    rebuilt = await taskcast("rebuild", *data)
+    assert (rebuilt.code, rebuilt.err) == (
+        1,
+        f"The events of task {damaged} are damaged; its keys were left as they are.\n",
+    )
+    assert "1 task rebuilt from the log" in rebuilt.out
+    again = await taskcast("verify", *data)
+    assert again.code == 1
+    assert changed not in again.out
 
 
-async def _tamper(socket: Path, task: str) -> None:
-    """Changes a snapshot behind the log's back."""
+async def _tamper(socket: Path, changed: str, damaged: str) -> None:
+    """Changes one task's snapshot and takes an event from another's stream, behind the log's back."""
     reader, writer = await asyncio.open_unix_connection(socket)
-    place = f"tc:{{p0}}:task:{identity.DEVELOPMENT_ORG}:{task}"
-    # The partition's tag is chosen by the store.
-    writer.write(b"HGET tc:deployment tags\r\n")
-    await reader.readline()
-    tag = (await reader.readline()).decode().strip()
-    writer.write(f"HSET {place.replace('p0', tag)} query changed\r\n".encode())
-    assert await reader.readline() == b":0\r\n"
+
+    async def ask(command: str) -> str:
+        writer.write(f"{command}\r\n".encode())
+        line = (await reader.readline()).decode().strip()
+        return (await reader.readline()).decode().strip() if line.startswith("$") else line
+
+    tag = await ask("HGET tc:deployment tags")  # chosen when the store was made
+    place = f"{identity.DEVELOPMENT_ORG}:"
+    assert await ask(f"HSET tc:{{{tag}}}:task:{place}{changed} query changed") == ":0"
+    assert await ask(f"XTRIM tc:{{{tag}}}:events:{place}{damaged} MAXLEN 3") != ":0"
+    # A hole in the middle: what is missing at the beginning might have been trimmed by design.
+    assert (await ask(f"XLEN tc:{{{tag}}}:events:{place}{damaged}")) == ":3"
     writer.close()
 
 
@@ -463,3 +533,17 @@ def test_sizes_are_told_as_people_say_them(tmp_path: Path) -> None:
     assert size_of(tmp_path) == "1.5 KB"
     (tmp_path / "b").write_bytes(bytes(25_000_000))
     assert size_of(tmp_path) == "25 MB"
+    with (tmp_path / "c").open("wb") as sparse:
+        sparse.truncate(3_400_000_000)
+    assert size_of(tmp_path) == "3.4 GB"
+
+
+def test_a_password_in_the_store_s_address_is_not_shown() -> None:
+    assert without_password("rediss://user:secret@host:6379/0") == "rediss://…@host:6379/0"
+    assert without_password("redis://host:6379") == "redis://host:6379"
+
+
+def test_a_bad_variable_is_named_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TASKCAST_PROCESSES", "many")
+    with pytest.raises(Misconfigured, match=r"^TASKCAST_PROCESSES=many: Input should be a valid integer"):
+        settings_of(port=None)

@@ -133,6 +133,6 @@ async def check(http: httpx.AsyncClient, id_: str, query: str) -> None:
         assert task["result"] == query
         last = max(place for place, event in enumerate(log) if event["type"] == "WORKFLOW_STARTED")
         assert "".join(event["message"] for event in log[last:] if event["type"] == "LLM_PARTIAL") == query
-    else:  # three attempts, each of which met a kill
+    else:  # three attempts at least, each of which met a kill
         assert task["status"] == "TASK_STATUS_FAILED"
-        assert len([event for event in log if event["type"] == "WORKFLOW_STARTED"]) == 3
+        assert len([event for event in log if event["type"] == "WORKFLOW_STARTED"]) >= 3

@@ -184,16 +184,18 @@ async def test_events_and_timeline_of_a_task_are_kept(client: AsyncShannonClient
 
 
 async def test_the_text_of_a_task_is_visible_while_it_runs(client: AsyncShannonClient) -> None:
-    handle, url = await client.submit_and_stream(QUERY, context=slow(len(QUERY.split()), 20))
+    words = len(QUERY.split())
+    handle, url = await client.submit_and_stream(QUERY, context=slow(words * 10, 50))
     assert url == f"/api/v1/stream/sse?workflow_id={handle.task_id}"
-    text, running = "", False
+    text = ""
     async with aclosing(client.stream(handle.workflow_id)) as events:
         async for event in events:
-            if event.type == "thread.message.delta":
-                text += event.message
-                running = running or await has_status(client, handle.task_id, TaskStatusEnum.RUNNING)
-    assert text == QUERY
-    assert running, "it was told before the task ended"
+            text += event.message if event.type == "thread.message.delta" else ""
+            if len(text.split()) == 2:
+                break
+    assert await has_status(client, handle.task_id, TaskStatusEnum.RUNNING)
+    assert QUERY.startswith(text)
+    assert await client.cancel(handle.task_id)
 
 
 async def test_a_stream_tells_everything_once_and_ends(client: AsyncShannonClient) -> None:
@@ -223,7 +225,6 @@ async def test_a_stream_resumes_behind_any_event(client: AsyncShannonClient, pla
         assert rest[-1].type == "done"
 
 
-@pytest.mark.xfail(reason="204, which stops an EventSource, is a failure to the SDK: it asks five times more, for 60 s")
 async def test_a_stream_resumed_behind_its_end_only_ends(client: AsyncShannonClient) -> None:
     """`event.id` of the last event is what a user keeps; contract §11: `done` at once."""
     handle = await finished(client)

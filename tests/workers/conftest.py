@@ -1,11 +1,13 @@
 """A bench for workers: tasks to put in, workers to start, stop or crash, and what became of the tasks."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from app import events
 from app.events import AnyEvent, Entry, Submission
@@ -112,3 +114,14 @@ class Bench:
 @pytest.fixture
 def bench(store: Store) -> Bench:
     return Bench(store)
+
+
+Logs = list[Any]
+
+
+@pytest.fixture
+def logs() -> Iterator[Logs]:
+    """What is logged, as it is; shown when the test fails."""
+    with capture_logs() as logs:
+        yield logs
+    sys.stdout.write("".join(f"{one}\n" for one in logs))

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 from pydantic import BaseModel, Field
-from structlog.testing import capture_logs
 
 from app import events
 from app.errors import Conflict, Invalid, Misconfigured, OutOfOrder, Unavailable
@@ -24,7 +23,7 @@ from app.settings import Settings
 from app.store import Store, open_store
 from app.task import Status, Task
 from tests.waiting import wait_until
-from tests.workers.conftest import ORG, Bench
+from tests.workers.conftest import ORG, Bench, Logs
 from workers import Context, Failed, task
 from workers.context import Attempt, Over
 from workers.runtime import Handler, backoff_seconds, by_queue, load, run, sentence
@@ -66,11 +65,10 @@ async def hello(task: Task, ctx: Context) -> str:
 # What an attempt comes to
 
 
-async def test_a_task_is_claimed_run_and_finished_in_this_order(bench: Bench) -> None:
+async def test_a_task_is_claimed_run_and_finished_in_this_order(bench: Bench, logs: Logs) -> None:
     id_ = await bench.submit()
-    with capture_logs() as logs:
-        async with bench.work(hello, name="w1"):
-            done = await bench.until_ended(id_)
+    async with bench.work(hello, name="w1"):
+        done = await bench.until_ended(id_)
     assert (done.status, done.result, done.result_type) == (Status.COMPLETED, "Hello", "text")
     said = ["submitted", "started", "text_delta", "text_delta", "text_completed", "completed"]
     assert await bench.said(id_) == said
@@ -200,7 +198,7 @@ async def test_every_word_of_a_context_is_an_event_of_its_own(bench: Bench) -> N
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-async def test_failed_is_an_answer_and_not_retried(bench: Bench, grouped: bool) -> None:
+async def test_failed_is_an_answer_and_not_retried(bench: Bench, grouped: bool, logs: Logs) -> None:
     @task("default", retry=Exception)
     async def fails(task: Task, ctx: Context) -> str:
         if grouped:
@@ -208,22 +206,20 @@ async def test_failed_is_an_answer_and_not_retried(bench: Bench, grouped: bool) 
         raise Failed("No such city.")
 
     id_ = await bench.submit()
-    with capture_logs() as logs:
-        async with bench.work(fails):
-            done = await bench.until_ended(id_)
+    async with bench.work(fails):
+        done = await bench.until_ended(id_)
     assert (done.status, done.error, done.attempt) == (Status.FAILED, "No such city.", 1)
     assert [one["error"] for one in logs if one["event"] == "task.failed"] == ["No such city."]
 
 
-async def test_an_exception_errors_the_task_and_only_the_log_has_the_traceback(bench: Bench) -> None:
+async def test_an_exception_errors_the_task_and_only_the_log_has_the_traceback(bench: Bench, logs: Logs) -> None:
     @task("default")
     async def breaks(task: Task, ctx: Context) -> str:
         raise KeyError("city")
 
     id_ = await bench.submit()
-    with capture_logs() as logs:
-        async with bench.work(breaks):
-            done = await bench.until_ended(id_)
+    async with bench.work(breaks):
+        done = await bench.until_ended(id_)
     assert (done.status, done.error) == (Status.ERRORED, "KeyError: 'city'")
     (logged,) = [one for one in logs if one["event"] == "task.errored"]
     assert isinstance(logged["exc_info"], KeyError)
@@ -405,16 +401,15 @@ def test_a_function_of_another_form_is_refused_at_once() -> None:
 # Cancel, pause
 
 
-async def test_a_cancelled_task_interrupts_its_handler_at_once(bench: Bench) -> None:
+async def test_a_cancelled_task_interrupts_its_handler_at_once(bench: Bench, logs: Logs) -> None:
     started, ended = asyncio.Event(), asyncio.Event()
     id_ = await bench.submit()
     # Nothing but the log's tail can be so fast: no renewal comes within this lease, and the worker does not stop.
-    with capture_logs() as logs:
-        async with opened_beside(bench, lease_seconds=600) as store, bench.work(hanging(started, ended), store=store):
-            await started.wait()
-            await bench.say(id_, events.Cancelled(reason="enough"))
-            await asyncio.wait_for(ended.wait(), 5)
-            await wait_until(lambda: said_in(logs, "task.cancelled"), "the cancellation is logged")
+    async with opened_beside(bench, lease_seconds=600) as store, bench.work(hanging(started, ended), store=store):
+        await started.wait()
+        await bench.say(id_, events.Cancelled(reason="enough"))
+        await asyncio.wait_for(ended.wait(), 5)
+        await wait_until(lambda: said_in(logs, "task.cancelled"), "the cancellation is logged")
     assert (await bench.said(id_))[-1] == "cancelled"
     assert not said_in(logs, "task.errored")
     assert not said_in(logs, "task.refused")
@@ -427,7 +422,7 @@ async def opened_beside(bench: Bench, **more: Any) -> AsyncIterator[Store]:
         yield store
 
 
-def said_in(logs: list[Any], event: str) -> bool:
+def said_in(logs: Logs, event: str) -> bool:
     return any(one["event"] == event for one in logs)
 
 
@@ -446,12 +441,13 @@ async def test_other_ends_interrupt_as_well(bench: Bench, kind: str) -> None:
         assert await bench.status(id_) is Status.TIMED_OUT
 
 
-async def test_what_a_cancelled_handler_still_says_goes_nowhere(bench: Bench) -> None:
-    ended = asyncio.Event()
+async def test_what_a_cancelled_handler_still_says_goes_nowhere(bench: Bench, logs: Logs) -> None:
+    started, ended = asyncio.Event(), asyncio.Event()
 
     @task("default")
     async def stubborn(task: Task, ctx: Context) -> str:
         await ctx.text("a")
+        started.set()
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -461,18 +457,17 @@ async def test_what_a_cancelled_handler_still_says_goes_nowhere(bench: Bench) ->
         raise ValueError("while it was cancelled")
 
     id_ = await bench.submit()
-    with capture_logs() as logs:
-        async with bench.work(stubborn):
-            await bench.until_said(id_, TextDelta)
-            await bench.say(id_, events.Cancelled())
-            await ended.wait()
-            await wait_until(lambda: said_in(logs, "task.cancelled"), "the cancellation is logged")
+    async with bench.work(stubborn):
+        await started.wait()
+        await bench.say(id_, events.Cancelled())
+        await ended.wait()
+        await wait_until(lambda: said_in(logs, "task.cancelled"), "the cancellation is logged")
     assert await bench.said(id_) == ["submitted", "started", "text_delta", "cancelled"]
     (cancelled,) = [one for one in logs if one["event"] == "task.cancelled"]
     assert isinstance(cancelled["exc_info"], ValueError)
 
 
-async def test_a_handler_that_ignores_its_cancellation_is_logged_and_keeps_its_slot(bench: Bench) -> None:
+async def test_a_handler_that_ignores_its_cancellation_is_logged_and_keeps_its_slot(bench: Bench, logs: Logs) -> None:
     started, deaf, release = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @task("default")
@@ -486,15 +481,16 @@ async def test_a_handler_that_ignores_its_cancellation_is_logged_and_keeps_its_s
         return ""
 
     first, second = await bench.submit(), await bench.submit()
-    with capture_logs() as logs:
-        async with opened_beside(bench, grace_seconds=0.1) as store, bench.work(ignores, store=store, slots=1):
+    async with opened_beside(bench, grace_seconds=0.1) as store, bench.work(ignores, store=store, slots=1):
+        try:
             await started.wait()
             await bench.say(first, events.Cancelled())
             await wait_until(lambda: said_in(logs, "task.not_interruptible"), "the deaf handler is logged")
             assert deaf.is_set()
             assert await bench.status(second) is Status.QUEUED
-            release.set()
-            await bench.until_ended(second)
+        finally:
+            release.set()  # nothing else would ever end it
+        await bench.until_ended(second)
 
 
 async def test_a_worker_stops_although_a_handler_ignores_it(bench: Bench) -> None:
@@ -512,10 +508,12 @@ async def test_a_worker_stops_although_a_handler_ignores_it(bench: Bench) -> Non
 
     id_ = await bench.submit()
     async with opened_beside(bench, grace_seconds=0.1) as store, bench.work(ignores, store=store) as working:
-        await started.wait()
-        await asyncio.wait_for(working.stop(), 10)
-        assert (await bench.said(id_))[-1] == "requeued"
-        release.set()
+        try:
+            await started.wait()
+            await asyncio.wait_for(working.stop(), 10)
+            assert (await bench.said(id_))[-1] == "requeued"
+        finally:
+            release.set()
 
 
 async def test_a_handler_pauses_at_its_checkpoint_and_goes_on(bench: Bench) -> None:
@@ -652,7 +650,7 @@ async def deafen(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("ended", [False, True], ids=["while the other works", "after the end"])
 async def test_a_worker_that_lost_its_lease_is_refused_and_its_task_is_done_by_another(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ended: bool, logs: Logs
 ) -> None:
     go, finish, cancelled = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -681,21 +679,20 @@ async def test_a_worker_that_lost_its_lease_is_refused_and_its_task_is_done_by_a
         await deafen(old, monkeypatch)
         bench = Bench(new)
         id_ = await bench.submit()
-        with capture_logs() as logs:
-            async with bench.work(slow, store=old, slots=1):
-                await bench.until_said(id_, TextDelta)
-                async with bench.work(quick):
-                    await bench.until_said(id_, events.LeaseLost)
-                    await bench.until(id_, Status.RUNNING)
-                    if ended:
-                        finish.set()
-                        await bench.until_ended(id_)
-                    go.set()
-                    await cancelled.wait()
-                    over = "task.cancelled" if ended else "task.lease_lost"
-                    await wait_until(lambda: said_in(logs, over), "the old worker knows")
+        async with bench.work(slow, store=old, slots=1):
+            await bench.until_said(id_, TextDelta)
+            async with bench.work(quick):
+                await bench.until_said(id_, events.LeaseLost)
+                await bench.until(id_, Status.RUNNING)
+                if ended:
                     finish.set()
-                    done = await bench.until_ended(id_)
+                    await bench.until_ended(id_)
+                go.set()
+                await cancelled.wait()
+                over = "task.cancelled" if ended else "task.lease_lost"
+                await wait_until(lambda: said_in(logs, over), "the old worker knows")
+                finish.set()
+                done = await bench.until_ended(id_)
         assert (done.status, done.result, done.attempt) == (Status.COMPLETED, "attempt 2", 2)
         texts = [one.event.text for one in await bench.entries(id_) if isinstance(one.event, TextDelta)]
         assert texts == ["slow", "quick"]
@@ -706,7 +703,13 @@ async def test_a_worker_that_lost_its_lease_is_refused_and_its_task_is_done_by_a
         await bench.prove()
 
 
-async def test_one_error_does_not_stop_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Here and below, that the logs are captured matters: the development renderer takes long enough over a traceback to
+# lose a short lease.
+
+
+async def test_one_error_does_not_stop_the_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: Logs
+) -> None:
     outcomes: list[str] = []
 
     async with opened(tmp_path, lease_seconds=SHORT_SECONDS) as store:
@@ -723,21 +726,19 @@ async def test_one_error_does_not_stop_the_heartbeat(tmp_path: Path, monkeypatch
         bench = Bench(store)
         started, ended = asyncio.Event(), asyncio.Event()
         id_ = await bench.submit()
-        # The development renderer takes long enough over a traceback to lose a lease of this length.
-        with capture_logs() as logs:
-            async with bench.work(hanging(started, ended)):
-                await wait_until(lambda: len(outcomes) >= 6, "the lease was renewed for twice its length")
-                assert not ended.is_set()
-                assert (await bench.task(id_)).attempt == 1
-                await bench.say(id_, events.Cancelled())
-                await bench.until_ended(id_)
+        async with bench.work(hanging(started, ended)):
+            await wait_until(lambda: len(outcomes) >= 6, "the lease was renewed for twice its length")
+            assert not ended.is_set()
+            assert (await bench.task(id_)).attempt == 1
+            await bench.say(id_, events.Cancelled())
+            await bench.until_ended(id_)
     assert set(outcomes[:6]) == {"running"}
     assert said_in(logs, "worker.renewal_failed")
     assert said_in(logs, "worker.renewal_waiting")
 
 
 async def test_a_lease_that_cannot_be_renewed_ends_the_attempt_on_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logs: Logs
 ) -> None:
     starts: list[int] = []
 
@@ -754,9 +755,8 @@ async def test_a_lease_that_cannot_be_renewed_ends_the_attempt_on_time(
         monkeypatch.setattr(store, "renew", renew)
         bench = Bench(store)
         id_ = await bench.submit(max_attempts=2)
-        with capture_logs() as logs:
-            async with bench.work(hang, slots=1):
-                done = await bench.until_ended(id_)
+        async with bench.work(hang, slots=1):
+            done = await bench.until_ended(id_)
     assert (done.status, done.error, starts) == (Status.ERRORED, "The worker stopped answering (2 times).", [1, 2])
     lost = [one for one in logs if one["event"] in {"task.lease_lost", "task.cancelled"}]
     assert len(lost) == 2
@@ -1091,7 +1091,7 @@ async def test_a_worker_without_slots_is_refused(bench: Bench) -> None:
         await run(bench.store, [hello], stop=asyncio.Event(), slots=0)
 
 
-async def test_a_stopping_worker_lets_its_handlers_end(bench: Bench) -> None:
+async def test_a_stopping_worker_lets_its_handlers_end(bench: Bench, logs: Logs) -> None:
     started, go = asyncio.Event(), asyncio.Event()
 
     @task("default")
@@ -1102,14 +1102,13 @@ async def test_a_stopping_worker_lets_its_handlers_end(bench: Bench) -> None:
         return "done"
 
     id_ = await bench.submit()
-    with capture_logs() as logs:
-        async with opened_beside(bench, grace_seconds=20) as store, bench.work(brief, store=store) as working:
-            await started.wait()
-            stopping = asyncio.create_task(working.stop())
-            await wait_until(lambda: said_in(logs, "worker.draining"), "the worker drains")
-            later = await bench.submit()
-            go.set()
-            await stopping
+    async with opened_beside(bench, grace_seconds=20) as store, bench.work(brief, store=store) as working:
+        await started.wait()
+        stopping = asyncio.create_task(working.stop())
+        await wait_until(lambda: said_in(logs, "worker.draining"), "the worker drains")
+        later = await bench.submit()
+        go.set()
+        await stopping
     assert (await bench.task(id_)).result == "done"
     assert await bench.status(later) is Status.QUEUED
 
@@ -1164,7 +1163,9 @@ async def test_what_is_claimed_while_the_worker_stops_is_given_back(
     assert await bench.said(id_) == ["submitted", "started", "requeued"]
 
 
-async def test_claims_go_on_after_errors_of_the_store(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_claims_go_on_after_errors_of_the_store(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, logs: Logs
+) -> None:
     real, errors = bench.store.claim, [RuntimeError("a bug"), Unavailable("away")]
 
     async def claim(queues: list[str], worker: str, free: int) -> list[Claimed]:
@@ -1180,26 +1181,26 @@ async def test_claims_go_on_after_errors_of_the_store(bench: Bench, monkeypatch:
     monkeypatch.setattr("workers.runtime.PAUSE_SECONDS", 0.01)
     monkeypatch.setattr("workers.runtime.TICK_SECONDS", 0.01)
     id_ = await bench.submit()
-    with capture_logs() as logs:
-        async with bench.work(hello):
-            done = await bench.until_ended(id_)
-            await wait_until(lambda: said_in(logs, "ticker.failed"), "the ticker failed")
+    async with bench.work(hello):
+        done = await bench.until_ended(id_)
+        await wait_until(lambda: said_in(logs, "ticker.failed"), "the ticker failed")
     assert done.status is Status.COMPLETED
     assert said_in(logs, "ticker.waiting")
     assert said_in(logs, "worker.waiting")
     assert said_in(logs, "worker.claim_failed")
 
 
-async def test_a_bug_of_ours_leaves_the_task_to_its_lease(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_of_ours_leaves_the_task_to_its_lease(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, logs: Logs
+) -> None:
     async def get(org: str, id_: str) -> Task:
         raise RuntimeError("a bug")
 
     id_ = await bench.submit(max_attempts=1)
-    with capture_logs() as logs:
-        async with opened_beside(bench, lease_seconds=SHORT_SECONDS) as store:
-            monkeypatch.setattr(store, "get", get)
-            async with bench.work(hello, store=store):
-                done = await bench.until_ended(id_)
+    async with opened_beside(bench, lease_seconds=SHORT_SECONDS) as store:
+        monkeypatch.setattr(store, "get", get)
+        async with bench.work(hello, store=store):
+            done = await bench.until_ended(id_)
     assert (done.status, done.error) == (Status.ERRORED, "The worker stopped answering (once).")
     assert said_in(logs, "task.abandoned")
 

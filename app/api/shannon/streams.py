@@ -49,8 +49,8 @@ class Cursor(Struct, frozen=True):
 
 _ID = re.compile(r"([0-9]{1,20})-([0-9]{1,20})(\.end)?")
 _SEQ = re.compile(r"[0-9]{1,20}")
-_STREAM_ID_MAX = 2**64
-"""Both halves of an id are 64 bits wide; the store answers a larger one with an error."""
+_NUMBER_MAX = 10**15 - 1
+"""What the store takes (`log.CURSOR`). No real id or seq is larger, so a larger one is as far ahead as this."""
 
 
 def parse_cursor(text: str) -> Cursor | None:
@@ -59,11 +59,11 @@ def parse_cursor(text: str) -> Cursor | None:
     if not text:
         return Cursor()
     if _SEQ.fullmatch(text):
-        return Cursor(f"seq:{int(text)}" if int(text) else "")
+        return Cursor(f"seq:{min(int(text), _NUMBER_MAX)}" if int(text) else "")
     found = _ID.fullmatch(text)
-    if found is None or int(found[1]) >= _STREAM_ID_MAX or int(found[2]) >= _STREAM_ID_MAX:
+    if found is None:
         return None
-    after = f"{int(found[1])}-{int(found[2])}"
+    after = f"{min(int(found[1]), _NUMBER_MAX)}-{min(int(found[2]), _NUMBER_MAX)}"
     return Cursor("" if after == "0-0" else after, ended=bool(found[3]))
 
 
@@ -126,7 +126,10 @@ async def _stream(request: Request, task_id: Callable[[Request], str]) -> Respon
             task = await store.get(asked.who.org, asked.task)
             if task is None:
                 raise NotFound("Task not found")
-            if asked.cursor.ended and task.terminal and task.last_event_id == asked.cursor.after:
+            # Only an EventSource stops for good at 204, and it always asks for this type (HTML standard, §9.2.2);
+            # other clients take 204 for a failure (the SDK retries for a minute) and get `done` again.
+            listening = "text/event-stream" in request.headers.get("accept", "")
+            if listening and asked.cursor.ended and task.terminal and task.last_event_id == asked.cursor.after:
                 return Response(status_code=204)
             if request.method == "HEAD":  # never subscribes
                 return Response(headers=HEADERS)
