@@ -446,8 +446,6 @@ async def test_event_pages_fit_together_over_many_store_pages(client: httpx.Asyn
         ("offset=x", "Invalid offset parameter"),
         ("after=-1", "Invalid after parameter"),
         ("after=1-", "Invalid after parameter"),
-        ("after=18446744073709551615-0", "Invalid after parameter"),
-        (f"after={10**18}", "Invalid after parameter"),
     ],
 )
 async def test_bad_event_pages_are_a_400(client: httpx.AsyncClient, query: str, sentence: str) -> None:
@@ -459,7 +457,7 @@ async def test_bad_event_pages_are_a_400(client: httpx.AsyncClient, query: str, 
 async def test_a_cursor_from_elsewhere_is_said_to_be_one(client: httpx.AsyncClient) -> None:
     id_ = await submitted(client)
     last = (await client.get(f"{TASKS}/{id_}")).json()["last_event_id"]
-    for after, reason in (("99", "ahead"), ("999999999999999-0", "ahead")):
+    for after, reason in (("99", "ahead"), ("999999999999999-0", "ahead"), ("18446744073709551615-0", "ahead")):
         body = await told(client, id_, after=after)
         assert body == {
             "events": [],
