@@ -21,6 +21,19 @@ HELP = "Taskcast: tasks of AI agents, stored as events and streamed live."
 
 def main() -> Never:
     """Ends the process, always with an exit code that says what happened."""
+    try:
+        command()(prog_name="taskcast")
+    except remote.Problem as problem:
+        _fail(str(problem), problem.code)
+    except TaskcastError as error:
+        _fail(str(error), USAGE)
+    except KeyboardInterrupt:  # while it was imported; typer sees to the rest
+        sys.exit(130)
+    raise AssertionError("typer ends with SystemExit")
+
+
+def command() -> typer.Typer:
+    """With all verbs; or, when one over HTTP is asked for, with those only."""
     cli = typer.Typer(
         help=HELP,
         epilog=remote.EXIT_CODES,
@@ -28,22 +41,16 @@ def main() -> Never:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    verbs = {
-        command.name or command.callback.__name__ for command in remote.cli.registered_commands if command.callback
-    }
-    if sys.argv[1:2] and sys.argv[1] in verbs:
-        cli.add_typer(remote.cli)
-    else:
+    found = remote.cli.registered_commands
+    verbs = {one.name or one.callback.__name__ for one in found if one.callback}
+    if verbs.isdisjoint(sys.argv[1:2]):
         local = importlib.import_module("app.local")
-        for part in (local.cli, remote.cli, local.store_cli):
-            cli.add_typer(part)
-    try:
-        cli(prog_name="taskcast")
-    except remote.Problem as problem:
-        _fail(str(problem), problem.code)
-    except TaskcastError as error:
-        _fail(str(error), USAGE)
-    raise AssertionError("typer ends with SystemExit")
+        parts = [local.cli, remote.cli, local.store_cli]
+    else:
+        parts = [remote.cli]
+    for part in parts:
+        cli.add_typer(part)
+    return cli
 
 
 def _fail(sentence: str, code: int) -> Never:

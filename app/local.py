@@ -122,7 +122,9 @@ async def _serve(settings: Settings, *, worker: bool, llm: bool) -> None:
     screen = Console(soft_wrap=True, highlight=False)
 
     def say(line: str) -> None:
-        screen.print(Text(line, style="yellow"))
+        # Nobody listens any more: rich would end the program, but that is no reason to let a child go.
+        with suppress(OSError, SystemExit):
+            screen.print(Text(line, style="yellow"))
 
     # The supervisor binds the port and shares the socket: a port in use is found before anything starts, and whoever
     # connects while an API process starts again waits, instead of being refused.

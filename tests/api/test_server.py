@@ -33,6 +33,12 @@ from tests.waiting import wait_until
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """With a lease that outlasts a loaded machine: nobody renews it here."""
+    return settings.model_copy(update={"lease_seconds": 60})
+
+
+@pytest.fixture
 async def running(store: Store, settings: Settings) -> AsyncIterator[Served]:
     async with served(store, settings) as made:
         yield made

@@ -30,6 +30,12 @@ production = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop"
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """With a lease that outlasts a loaded machine: nobody renews it here."""
+    return settings.model_copy(update={"lease_seconds": 60})
+
+
+@pytest.fixture
 async def server(store: Store, settings: Settings) -> AsyncIterator[Served]:
     async with served(store, settings) as running:
         yield running
@@ -551,7 +557,7 @@ async def test_an_abort_leaves_the_chunked_body_unfinished(store: Store, setting
 async def test_a_reader_that_takes_nothing_is_cut_off_holds_little_and_loses_nothing(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(sse, "STALLED_SECONDS", 1.0)
     bound = 128 * 1024
     task, attempt = await started(store)
     async with served(store, settings, stream_backlog_bytes=bound) as server:
@@ -790,7 +796,7 @@ async def test_a_socket_that_cannot_go_on_is_not_closed_in_good_order(
 async def test_a_socket_that_takes_nothing_is_cut_off(
     store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(sse, "STALLED_SECONDS", 1.0)
     task, attempt = await started(store)
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -418,6 +418,38 @@ async def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> No
         await wait_until(lambda: not in_use(tmp_path), "the store stops")
 
 
+def piped(*words: str) -> subprocess.Popen[str]:
+    """With its output in a pipe, for somebody who stops listening."""
+    return subprocess.Popen(
+        [TASKCAST, *words],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+
+
+async def test_a_server_to_whom_nobody_listens_any_more_keeps_its_children(tmp_path: Path) -> None:
+    with piped("serve", "--port", "0", "--data", str(tmp_path / "data")) as process:
+        try:
+            assert process.stdout
+            said = ""
+            while "Ctrl-C" not in said:
+                said += await asyncio.to_thread(process.stdout.readline)
+            process.stdout.close()
+            (url, *_) = re.findall(r"http://127\.0\.0\.1:\d+", said)
+            for label in ("Worker", "API"):
+                found = re.search(rf"^  {label} .*process (\d+)$", said, re.MULTILINE)
+                assert found
+                os.kill(int(found[1]), signal.SIGKILL)
+            assert (await taskcast("submit", "x", "--watch", TASKCAST_URL=url)).code == 0
+        finally:
+            process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(process.wait) == 0
+
+
 async def test_several_api_processes_share_the_port_and_a_second_server_is_told_so(tmp_path: Path) -> None:
     async with serving(tmp_path, "--processes", "2", "--no-worker") as served:
         assert len(served.pids["API"]) == 2

@@ -41,6 +41,7 @@ async def opened(tmp_path: Path, **more: Any) -> AsyncIterator[Store]:
 
 def hanging(started: asyncio.Event, ended: asyncio.Event | None = None) -> Handler:
     """Works until it is cancelled."""
+    ended = ended or asyncio.Event()
 
     @task("default")
     async def hang(task: Task, ctx: Context) -> None:
@@ -48,8 +49,7 @@ def hanging(started: asyncio.Event, ended: asyncio.Event | None = None) -> Handl
         try:
             await asyncio.Event().wait()
         finally:
-            if ended:
-                ended.set()
+            ended.set()
 
     return hang
 
