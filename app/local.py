@@ -41,6 +41,7 @@ from app.store import Store, open_store
 from app.supervisor import Child, Supervisor, supervisor
 from workers import model as model_server
 from workers import runtime
+from workers.handlers import by_queue, load
 
 T = TypeVar("T")
 
@@ -303,8 +304,8 @@ def worker(
 
 
 async def _work(settings: Settings, modules: Sequence[str], queues: Sequence[str], slots: int) -> None:
-    handlers = runtime.load(modules)
-    runtime.by_queue(handlers, queues)  # before anything is opened
+    handlers = load(modules)
+    by_queue(handlers, queues)  # before anything is opened
     stop = asyncio.Event()
     async with open_store(settings) as store:
         for number in (signal.SIGINT, signal.SIGTERM):

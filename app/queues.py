@@ -10,13 +10,14 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from typing import Any
 
 import structlog
 from msgspec import Struct
 
 from app import events, keys
 from app.connect import Arg, Door, in_our_words
-from app.errors import Conflict, NotFound
+from app.errors import Conflict, NotFound, Unavailable
 from app.log import Log, Partitions, limits
 from app.settings import Settings
 from app.task import rows
@@ -65,7 +66,12 @@ class Queues:
                 self.lease_ms,
             ]
             args += [events.encode(event), rows(event), *dict.fromkeys(queues)]
-            raw = await self.door.run("claim", [keys.key(tag, "leases")], args, repeat=True)
+            try:
+                raw = await self.door.run("claim", [keys.key(tag, "leases")], args, repeat=True)
+            except Unavailable:
+                if not claimed:
+                    raise
+                break  # what other partitions have handed out must not wait for this one
             claimed += [Claimed(org.decode(), task.decode(), int(fence)) for org, task, fence in raw]
         return claimed
 
@@ -85,26 +91,32 @@ class Queues:
     @asynccontextmanager
     async def waiting(self, queues: Sequence[str]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
         """Gives a function that returns when a task may be ready in one of these queues, or after SWEEP_SECONDS."""
+        pops: list[Callable[[], Awaitable[Any]]] = []
+        pending: dict[int, asyncio.Future[Any]] = {}
         async with AsyncExitStack() as stack:
-            waits = []
             for tag in self.partitions.tags:
                 redis = await stack.enter_async_context(self.door.blocking())
                 names = [keys.key(tag, "wake", queue) for queue in queues]
-                waits.append(partial(redis.execute_command, "BLPOP", *names, SWEEP_SECONDS))
+                pops.append(partial(redis.execute_command, "BLPOP", *names, SWEEP_SECONDS))
 
             async def wait() -> None:
-                tasks = [asyncio.ensure_future(one()) for one in waits]
-                try:
-                    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
-                for task in done:
-                    if error := task.exception():
-                        raise in_our_words(error) from error
+                for i, pop in enumerate(pops):
+                    if i not in pending:
+                        pending[i] = asyncio.ensure_future(pop())
+                # The others' reads go on: cancelled, each would cost a connection, and perhaps a token.
+                await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
+                for i, one in [*pending.items()]:
+                    if one.done():
+                        del pending[i]
+                        if error := one.exception():
+                            raise in_our_words(error) from error
 
-            yield wait
+            try:
+                yield wait
+            finally:
+                for one in pending.values():
+                    one.cancel()
+                await asyncio.gather(*pending.values(), return_exceptions=True)
 
     async def tick(self) -> int:
         """Appends what is due in all partitions; returns how many events that made."""

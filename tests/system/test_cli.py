@@ -139,6 +139,7 @@ async def test_json_is_one_object_per_line(server: Server) -> None:
     assert json.loads(got.out)["result"] == "a b"
     listed = await taskcast("list", "--limit", "1", "--json", TASKCAST_URL=server.url)
     assert len(json.loads(listed.out)["tasks"]) == 1
+    await taskcast("submit", "another", TASKCAST_URL=server.url)
     short = await taskcast("list", "--limit", "1", TASKCAST_URL=server.url)
     assert re.search(r"^1 of \d+; --offset 1 shows more\.$", short.out, re.MULTILINE)
 

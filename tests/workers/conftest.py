@@ -14,7 +14,8 @@ from app.events import AnyEvent, Entry, Submission
 from app.store import Store
 from app.task import TERMINAL, Status, Task
 from tests.waiting import wait_until
-from workers.runtime import Handler, run
+from workers.handlers import Handler
+from workers.runtime import run
 
 ORG = "o"
 

@@ -9,7 +9,7 @@ from app.events import TextDelta
 from app.task import Status
 from tests.workers.conftest import Bench
 from workers.echo import STEPS_MAX, WORD, Pace, echo
-from workers.runtime import by_queue
+from workers.handlers import by_queue
 
 
 async def deltas(bench: Bench, id_: str) -> list[str]:

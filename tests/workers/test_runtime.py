@@ -26,7 +26,8 @@ from tests.waiting import wait_until
 from tests.workers.conftest import ORG, Bench, Logs
 from workers import Context, Failed, task
 from workers.context import Attempt, Over
-from workers.runtime import Handler, backoff_seconds, by_queue, load, run, sentence
+from workers.handlers import Handler, by_queue, load, sentence
+from workers.runtime import backoff_seconds, run
 
 SHORT_SECONDS = 1.0
 """A lease that a busy machine of two cores still renews in time."""

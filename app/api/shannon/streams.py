@@ -266,7 +266,12 @@ def _bodies(item: Item, asked: Asked) -> list[Json]:
     if isinstance(item, Gap):
         data: Any = control(item).data
         return [{**data, "stream_id": item.snapshot.fields["last_event_id"]}]
-    end = {"workflow_id": asked.task, "type": "STREAM_END", "message": "Done", "timestamp": clock(time.time_ns() // 1000)}
+    end = {
+        "workflow_id": asked.task,
+        "type": "STREAM_END",
+        "message": "Done",
+        "timestamp": clock(time.time_ns() // 1000),
+    }
     return [{**end, "seq": item.seq, "stream_id": control(item).id}]
 
 
