@@ -15,7 +15,8 @@ The log is the truth; a snapshot is its fold. Imports point one way, and a test 
     Redis    embedded connect log snapshots queues hub
     store                                    above it nobody says Redis, below it nobody says HTTP
     HTTP     identity sse api ops
-    edge     server cli
+    edge     edge server                     the application and its process
+             cli local remote screen supervisor
 """
 
 __version__ = "0.1.0"

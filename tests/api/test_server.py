@@ -23,9 +23,10 @@ from starlette.routing import Route
 
 from app import __version__, errors, server
 from app.api import shannon
+from app.edge import BODY_BYTES_MAX, Bounded, respond
 from app.errors import Full, Misconfigured, Stale, Unavailable
 from app.identity import DEVELOPMENT_KEY
-from app.server import listen, respond, url_of
+from app.server import listen, url_of
 from app.settings import Settings
 from app.store import Store
 from tests.api.serving import KEY, Served, ended, served, started, submit
@@ -67,7 +68,7 @@ async def test_a_body_beyond_the_bound_is_refused_with_a_sentence(running: Serve
         for _ in range(20):
             yield b"x" * 100_000
 
-    for content in (b"x" * (server.BODY_BYTES_MAX + 1), dribble()):
+    for content in (b"x" * (BODY_BYTES_MAX + 1), dribble()):
         answer = await running.client.post("/api/v1/tasks", content=content)
         assert answer.status_code == 413
         assert "bytes" in answer.json()["error"]
@@ -88,7 +89,7 @@ async def test_the_size_is_bounded_for_routes_that_read_whatever_comes() -> None
         raise AssertionError("nothing is sent")
 
     with pytest.raises(errors.TooLarge):
-        await server.Bounded(app)({"type": "http", "headers": []}, receive, send)
+        await Bounded(app)({"type": "http", "headers": []}, receive, send)
 
 
 async def test_what_nobody_foresaw_is_a_500_that_tells_nothing(store: Store, settings: Settings) -> None:
