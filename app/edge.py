@@ -62,7 +62,9 @@ class Trace:
             if not streaming:
                 metrics.REQUEST_SECONDS.labels(route).observe(seconds)
             told = {"method": method, "path": scope["path"], "status": status, "ms": round(seconds * 1000, 1)}
-            logger.info("request.answered", **told, trace_id=trace)
+            # What only looks is counted in the metrics; a line each would hide the decisions among them.
+            log = logger.debug if status < 400 and method in {"GET", "HEAD", "OPTIONS"} else logger.info
+            log("request.answered", **told, trace_id=trace)
         return None
 
 

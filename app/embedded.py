@@ -216,14 +216,21 @@ class Embedded:
             self._users = -1
 
     async def _stop(self) -> None:
-        try:
-            reply = await self._command(b"SHUTDOWN")
-        except (ConnectionRefusedError, FileNotFoundError):
-            return  # it is gone
-        except OSError:
-            reply = b""
         held = _open(self.folder / "server")
+        reply = b""
         try:
+            async with asyncio.timeout(START_SECONDS_MAX):
+                while not _try_lock(held, fcntl.LOCK_EX):
+                    try:
+                        reply = await self._command(b"SHUTDOWN")
+                    except (ConnectionRefusedError, FileNotFoundError):
+                        await asyncio.sleep(PAUSE_SECONDS)  # it lives, but does not listen yet
+                        continue
+                    except OSError:
+                        pass
+                    break
+                else:
+                    return  # it is gone
             async with asyncio.timeout(0 if reply else STOP_SECONDS_MAX):  # it says why not, or it hangs up
                 while not _try_lock(held, fcntl.LOCK_EX):
                     await asyncio.sleep(PAUSE_SECONDS)

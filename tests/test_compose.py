@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ def dockerfile(service: dict[str, Any]) -> list[tuple[str, str]]:
     """(instruction, its arguments)."""
     text = service["build"]["dockerfile_inline"].replace("\\\n", " ")
     return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
+
+
+def test_it_is_valid_by_the_compose_specifications_own_schema() -> None:
+    """As check-jsonschema ships it; the command, for its Python side is no public interface."""
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    for file, code in ((ROOT / "compose.yaml", 0), (ROOT / "pyproject.toml", 1)):
+        found = subprocess.run([*command, str(file)], capture_output=True, text=True, check=False)
+        assert found.returncode == code, found.stdout
 
 
 def test_the_store_is_one_service_and_api_and_worker_are_others() -> None:

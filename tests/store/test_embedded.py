@@ -1,11 +1,12 @@
 """One server per data folder, however many processes come, go and die."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -274,3 +275,17 @@ async def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with pytest.raises(EmbeddedError, match="cannot be used"):
         await Embedded(tmp_path / "file" / "data").__aenter__()
+
+
+async def test_a_user_that_leaves_while_the_server_starts_leaves_no_server(tmp_path: Path) -> None:
+    server = Embedded(tmp_path)
+    entering = asyncio.create_task(server.__aenter__())
+    await wait_until(lambda: (tmp_path / "valkey.log").exists(), "the server is being started")
+    entering.cancel()
+    with suppress(asyncio.CancelledError):
+        await entering
+    held = os.open(tmp_path / "server", os.O_RDWR)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a server that lived would hold it
+    finally:
+        os.close(held)
