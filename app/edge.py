@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
@@ -97,7 +98,8 @@ _PREFLIGHT = {
 
 
 class Cors:
-    """Any page may ask: there are no cookies, so a page borrows nothing. As Shannon's gateway (its contract §1.0),
+    """Any page may ask: there are no cookies, so a page borrows nothing, and the one key that every page knows is not
+    taken from it (`identity.from_this_machine`). As Shannon's gateway (its contract §1.0),
     except that every answer, errors too, exposes all headers that clients read.
     """
 
@@ -214,7 +216,15 @@ async def http_error(request: HTTPConnection, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     sentences = {404: f"Not found: {request.scope['path'][:200]}", 405: "Method not allowed"}
     sentence = sentences.get(error.status_code, error.detail)
-    return JSONResponse({"error": sentence}, error.status_code, error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:  # Starlette tells the methods of the first route of the path only
+        methods = [route.methods for route in request.app.routes if isinstance(route, Route) and _fits(route, request)]
+        headers["Allow"] = ", ".join(sorted({method for one in methods for method in one or ()}))
+    return JSONResponse({"error": sentence}, error.status_code, headers)
+
+
+def _fits(route: Route, request: HTTPConnection) -> bool:
+    return route.matches(request.scope)[0] is not Match.NONE
 
 
 async def not_found(_: Scope, __: Receive, ___: Send) -> None:

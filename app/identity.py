@@ -14,6 +14,7 @@ import secrets
 import string
 import time
 from collections.abc import AsyncIterator, Mapping
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 from starlette.datastructures import Headers, QueryParams
@@ -52,6 +53,10 @@ class Identity(Struct, frozen=True):
     """The key's public id."""
 
 
+DEVELOPMENT = "development"
+"""In place of a public id."""
+
+
 class Key(Struct, frozen=True, kw_only=True):
     """What may be shown of a key."""
 
@@ -75,7 +80,7 @@ class Identities:
         api_key = normalised(api_key)
         digest = hashed(api_key)
         if self.development and digest == hashed(DEVELOPMENT_KEY):
-            return Identity(DEVELOPMENT_ORG, DEVELOPMENT_USER, "development")
+            return Identity(DEVELOPMENT_ORG, DEVELOPMENT_USER, DEVELOPMENT)
         until, known = self._cache.get(digest, (0.0, None))
         if known and time.monotonic() < until:
             return known
@@ -206,9 +211,24 @@ class Authentication:
         if not api_key:
             return Unauthorized("Unauthorized")
         try:
-            return await self._identities.of(api_key)
+            found = await self._identities.of(api_key)
         except TaskcastError as error:
             return error
+        if found.key == DEVELOPMENT and not from_this_machine(Headers(scope=scope)):
+            return Unauthorized("Unauthorized")
+        return found
+
+
+def from_this_machine(headers: Headers) -> bool:
+    """Whether no page of another site stands behind a request. Every page knows the development key, and a browser
+    reaches loopback for it: the page's own site is its Origin, or, with a name that was bound anew to 127.0.0.1, its Host.
+    """
+    origin, host = headers.get("origin"), headers.get("host")
+    sites = [site for site in (origin, host and f"//{host}") if site]
+    try:
+        return all(loopback(urlsplit(site).hostname or "") for site in sites)
+    except ValueError:
+        return False
 
 
 def caller(request: HTTPConnection) -> Identity:

@@ -8,6 +8,7 @@ import re
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.events import TEXT_BYTES_MAX
 from app.task import Task
 from workers import Context, Failed, task
 
@@ -35,6 +36,8 @@ async def echo(task: Task, ctx: Context, *, echo: Pace | None = None) -> str:
 
     So the step kept at a checkpoint only tells people how far it was.
     """
+    if (size := len(task.query.encode())) > TEXT_BYTES_MAX - 1024:
+        raise Failed(f"The query has {size} bytes; an echo has room for {TEXT_BYTES_MAX - 1024}.")
     pace = echo or Pace()
     words = WORD.findall(task.query)
     # A long query in steps of several words: its stream has a bound as well.

@@ -27,7 +27,9 @@ async def asking(store: Store, settings: Settings) -> AsyncIterator[Connect]:
             if user is not None:
                 key = await identities.create(org, user, "test")
             client = httpx.AsyncClient(
-                transport=httpx.ASGITransport(app), base_url="http://test", headers={"X-API-Key": key} if key else {}
+                transport=httpx.ASGITransport(app),
+                base_url="http://localhost",
+                headers={"X-API-Key": key} if key else {},
             )
             return await stack.enter_async_context(client)
 

@@ -1,7 +1,9 @@
 """Who is calling: keys, their cache, the development key, and where a request may carry one."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -71,6 +73,22 @@ async def test_keys_are_listed_without_what_opens_doors(identities: Identities) 
     assert listed[0].id == (await identities.of(first)).key
     assert 0 < listed[0].created_at <= listed[1].created_at
     assert first not in str(listed)
+
+
+async def test_any_number_of_keys_is_listed_once(
+    store: Store, identities: Identities, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await asyncio.gather(*[identities.create("acme", f"u{i}", "") for i in range(1100)])
+    listed = await identities.list()
+    assert {key.user for key in listed} == {f"u{i}" for i in range(1100)}
+    assert len(listed) == 1100
+    read = store.door.read
+
+    async def revoked_meanwhile(*command: Any) -> Any:
+        return {} if command[0] == "HGETALL" else await read(*command)
+
+    monkeypatch.setattr(store.door, "read", revoked_meanwhile)
+    assert await identities.list() == []
 
 
 async def test_a_revoked_key_is_unknown(identities: Identities) -> None:
@@ -223,3 +241,26 @@ async def test_another_organisations_task_does_not_exist(store: Store, settings:
 @pytest.mark.parametrize("path", ["/health", "/readiness", "/metrics"])
 async def test_operators_need_no_key(server: Served, path: str) -> None:
     assert (await ask(server, path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Origin": "https://evil.example"}, 401),
+        ({"Origin": "null"}, 401),
+        ({"Origin": "http://127.0.0.1.evil.example"}, 401),
+        ({"Host": "rebind.evil.example"}, 401),
+        ({"Host": "["}, 401),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "http://127.0.0.1:8080", "Host": "127.0.0.1:8080"}, 200),
+        ({"Host": "[::1]:8080"}, 200),
+    ],
+)
+async def test_a_page_of_another_site_cannot_use_the_development_key(
+    store: Store, settings: Settings, server: Served, headers: dict[str, str], status: int
+) -> None:
+    assert (await ask(server, "/api/v1/tasks", **{"X-API-Key": DEVELOPMENT_KEY, **headers})).status_code == status
+    assert (await ask(server, f"/api/v1/stream/ws?token={DEVELOPMENT_KEY}", **headers)).status_code in {401, 404}
+    # A key of one's own is a secret that the page was given: it may use it.
+    own = await Identities(store, settings).create("acme", "ann", "")
+    assert (await ask(server, "/api/v1/tasks", **{"X-API-Key": own, **headers})).status_code == 200

@@ -487,7 +487,7 @@ async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
         # A request that never ends: its body never comes.
         reader, writer = await asyncio.open_connection("127.0.0.1", int(one.url.rpartition(":")[2]))
         writer.write(
-            f"POST /api/v1/tasks/{task}/cancel HTTP/1.1\r\nHost: x\r\nX-API-Key: {DEVELOPMENT_KEY}\r\n"
+            f"POST /api/v1/tasks/{task}/cancel HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {DEVELOPMENT_KEY}\r\n"
             "Content-Length: 10\r\nExpect: 100-continue\r\n\r\n".encode()
         )
         assert await reader.readline() == b"HTTP/1.1 100 Continue\r\n"  # it is being served

@@ -359,7 +359,7 @@ async def test_deleting_a_session_is_idempotent_and_leaves_its_tasks(client: htt
 
 
 async def test_the_sdk_reads_names_and_forgets_sessions(client: httpx.AsyncClient, store: Store) -> None:
-    sdk = AsyncShannonClient("http://test", DEVELOPMENT_KEY)
+    sdk = AsyncShannonClient("http://localhost", DEVELOPMENT_KEY)
     sdk._http_client = client
     done = await ended(client, store, "s", events.TextCompleted(text="Because.", agent="final_output"), DONE)
     assert await sdk.update_session_title("s", "A title")

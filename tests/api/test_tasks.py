@@ -725,7 +725,7 @@ async def test_what_is_out_of_scope_is_a_404_as_json(client: httpx.AsyncClient, 
 
 @pytest.fixture
 async def sdk(client: httpx.AsyncClient) -> AsyncShannonClient:
-    found = AsyncShannonClient("http://test", DEVELOPMENT_KEY)
+    found = AsyncShannonClient("http://localhost", DEVELOPMENT_KEY)
     found._http_client = client
     return found
 
@@ -792,3 +792,23 @@ async def test_the_sdk_raises_what_it_means(sdk: AsyncShannonClient, connect: Co
     sdk.api_key, sdk._http_client = "sk_unknown", await connect()
     with pytest.raises(sdk_errors.AuthenticationError, match="Unauthorized"):
         await sdk.submit_task("q")
+
+
+async def test_a_poller_that_knows_the_present_state_is_told_304(client: httpx.AsyncClient) -> None:
+    id_ = await submitted(client)
+    first = await client.get(f"{TASKS}/{id_}")
+    for known in (first.headers["ETag"], f'"other", W/{first.headers["ETag"]}', "*"):
+        answer = await client.get(f"{TASKS}/{id_}", headers={"If-None-Match": known})
+        assert (answer.status_code, answer.content, answer.headers["ETag"]) == (304, b"", first.headers["ETag"])
+    await client.post(f"{TASKS}/{id_}/cancel")
+    changed = await client.get(f"{TASKS}/{id_}", headers={"If-None-Match": first.headers["ETag"]})
+    assert (changed.status_code, changed.json()["status"]) == (200, "TASK_STATUS_CANCELLED")
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [(TASKS, "GET, HEAD, POST"), (f"{TASKS}/t", "DELETE, GET, HEAD"), (f"{TASKS}/t/cancel", "POST")],
+)
+async def test_a_wrong_method_is_told_all_right_ones(client: httpx.AsyncClient, path: str, methods: str) -> None:
+    answer = await client.put(path)
+    assert (answer.status_code, answer.headers["Allow"]) == (405, methods)

@@ -280,7 +280,7 @@ async def test_a_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> 
 async def test_a_user_that_leaves_while_the_server_starts_leaves_no_server(tmp_path: Path) -> None:
     server = Embedded(tmp_path)
     entering = asyncio.create_task(server.__aenter__())
-    await wait_until(lambda: (tmp_path / "valkey.log").exists(), "the server is being started")
+    await wait_until((tmp_path / "valkey.log").exists, "the server is being started")
     entering.cancel()
     with suppress(asyncio.CancelledError):
         await entering

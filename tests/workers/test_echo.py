@@ -58,6 +58,13 @@ async def test_a_long_query_takes_a_bounded_number_of_steps(bench: Bench) -> Non
     assert task.output_tokens == 3000
 
 
+async def test_a_query_that_no_text_can_hold_fails_with_a_sentence(bench: Bench) -> None:
+    id_ = await bench.submit("x" * 200_000)
+    async with bench.work(echo):
+        task = await bench.until_ended(id_)
+    assert (task.status, task.error) == (Status.FAILED, "The query has 200000 bytes; an echo has room for 195584.")
+
+
 async def test_an_empty_query_is_an_empty_answer(bench: Bench) -> None:
     id_ = await bench.submit("")
     async with bench.work(echo):

@@ -185,8 +185,12 @@ async def own_task(request: Request) -> Task:
 
 
 async def get(request: Request) -> Response:
+    """The state, with the cursor from which its stream goes on; 304 for a poller that has this state already."""
     task = await task_of(request)
-    return reply(task_body(task), 200, {"X-Workflow-ID": task.id, "ETag": f'"{task.last_event_id}"'})
+    tag = f'"{task.last_event_id}"'
+    headers = {"X-Workflow-ID": task.id, "ETag": tag, "Cache-Control": "no-cache"}
+    known = {each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")}
+    return Response(status_code=304, headers=headers) if known & {tag, "*"} else reply(task_body(task), 200, headers)
 
 
 async def list_tasks(request: Request) -> Response:
