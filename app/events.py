@@ -236,9 +236,9 @@ class PlanUpdated(Event, frozen=True, kw_only=True, tag="plan_updated"):
 
 
 class Noted(Event, frozen=True, kw_only=True, tag="noted"):
-    """Any other upper-case type that a worker names."""
+    """Any other upper-case type that a worker names, but for the one that readers take for the end of a stream."""
 
-    name: Annotated[str, Meta(pattern=r"^[A-Z][A-Z0-9_]{0,63}\Z")]
+    name: Annotated[str, Meta(pattern=r"^(?!STREAM_END\Z)[A-Z][A-Z0-9_]{0,63}\Z")]
     payload: Json = {}
 
 

@@ -236,31 +236,30 @@ async def awaiting(
 ) -> AsyncGenerator[bytes | str | None]:
     """The pages; None for each silence of that length; and, last, why it cannot go on: `draining`, `store`, `failed`."""
     page: asyncio.Future[bytes | None] | None = None
+    reason = ""
     try:
-        while True:
+        while not reason:
             page = asyncio.ensure_future(anext(pages, None))
-            while not page.done():
+            while not page.done() and not leaving.done():
                 await asyncio.wait((page, leaving), timeout=heartbeat_seconds, return_when=asyncio.FIRST_COMPLETED)
-                if leaving.done():
-                    yield "draining"
-                    return
-                if not page.done():
+                if not page.done() and not leaving.done():
                     yield None
             try:
-                chunk = page.result()
+                if leaving.done():
+                    reason = "draining"
+                elif (chunk := page.result()) is None:
+                    return
+                else:
+                    yield chunk
             except TaskcastError as error:
                 logger.warning("stream.broken", reason=str(error))
                 metrics.STORE_ERRORS.labels(error.code).inc()
-                yield "store"
-                return
+                reason = "store"
             except Exception:
                 # A fault of ours must not look like the end of the task.
                 logger.exception("stream.failed")
-                yield "failed"
-                return
-            if chunk is None:
-                return
-            yield chunk
+                reason = "failed"
+        yield reason
     finally:
         if page:
             page.cancel()

@@ -35,6 +35,7 @@ def test_each_event_type_has_its_own_tag() -> None:
         events.Thinking(payload={"a": json.loads("[" * 120 + "]" * 120)}),
         events.Progressed(fraction=1.5),
         events.Progressed(fraction=math.nan),
+        events.Noted(name="STREAM_END"),
         events.Noted(name="lower"),
         events.Noted(name="X" * 65),
         events.TextDelta(text="\ud800"),

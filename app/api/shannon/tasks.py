@@ -130,7 +130,7 @@ async def _submit(request: Request) -> Accepted:
         first = await store.get(who.org, asked.id)
         session = first.session if first else session
     else:
-        logger.debug("task.submitted", task_id=asked.id, org=who.org, session_id=session)
+        logger.info("task.submitted", task_id=asked.id, org=who.org, session_id=session)
     headers |= {"X-Workflow-ID": asked.id, "X-Session-ID": session}
     return Accepted(asked.id, session, appended.at, headers)
 
