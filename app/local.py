@@ -12,7 +12,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +31,7 @@ from typer import Argument, Option
 from app import __version__
 from app.errors import Misconfigured
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identities, Key, loopback
+from app.ops import counted_together
 from app.remote import HERE
 from app.screen import print_columns
 from app.server import configure_logs, listen
@@ -132,9 +133,13 @@ async def _serve(settings: Settings, *, worker: bool, llm: bool) -> None:
     with listen(settings) as sock:
         settings = settings.model_copy(update={"port": sock.getsockname()[1]})
         url = url_of(settings)
-        async with open_store(settings) as store, supervisor(say, grace_seconds=settings.grace_seconds) as kept:
+        async with (
+            open_store(settings) as store,
+            counted_together(store, settings.processes) as together,
+            supervisor(say, grace_seconds=settings.grace_seconds) as kept,
+        ):
             try:
-                first = [_api(settings, sock, url), *([_model(settings)] if llm else [])]
+                first = [_api(settings, sock, url, together), *([_model(settings)] if llm else [])]
                 await kept.start(*(child for part in first for child in part.children))
                 then = _workers(settings, model=first[-1].what if llm else "") if worker else []
                 await kept.start(*(child for part in then for child in part.children))
@@ -146,14 +151,14 @@ async def _serve(settings: Settings, *, worker: bool, llm: bool) -> None:
                 sock.close()  # ours: whoever connects while the children stop is refused
 
 
-def _api(settings: Settings, sock: socket.socket, url: str) -> Part:
+def _api(settings: Settings, sock: socket.socket, url: str, together: Mapping[str, str]) -> Part:
     count = settings.processes
     children = tuple(
         Child(
             name="The API" if count == 1 else f"API process {number}",
             module="app.cli",
             arguments=("api", "--socket", str(sock.fileno())),
-            environment=environment(settings),
+            environment={**environment(settings), **together},
             descriptors=(sock.fileno(),),
         )
         for number in range(1, count + 1)

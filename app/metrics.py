@@ -1,4 +1,4 @@
-"""Every metric, in one list. Prometheus; per process, where nothing else is said.
+"""Every metric, in one list, for Prometheus: of one process, or of all the API processes that share a port (`ops.py`).
 
 Names follow Prometheus' rules: units last, counters end in `_total`. Whoever does a thing counts it; what the store
 knows better than a process (queues, leases, the log) is read when somebody scrapes (`ops.py`).
@@ -10,16 +10,21 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from app import keys
+from app import events, keys
+from app.task import TERMINAL, Status
 
-# What happens to tasks, as this process sees it in the log, from its first scrape on: all tasks, whoever moved them.
+PAGE_ENTRIES = 500
+"""Of the log, read at once."""
+
+# What happens to tasks, as the log tells it from the start of the API on: all tasks, whoever moved them.
 TASKS_SUBMITTED = Counter("taskcast_tasks_submitted", "Tasks that were accepted, new turns included.")
 TASKS_ENDED = Counter("taskcast_tasks_ended", "Tasks that reached an end, by status.", ["status"])
 CLAIMS = Counter("taskcast_claims", "Tasks that a worker started.")
 EVENTS = Counter("taskcast_events", "Events that were appended, by kind.", ["kind"])
 
-# What this process does.
-STREAMS_OPEN = Gauge("taskcast_streams_open", "Streams that are open, SSE and WebSocket.")
+# What these processes do.
+CONNECTIONS_REFUSED = Counter("taskcast_connections_refused", "Connections closed at once because too many were open.")
+STREAMS_OPEN = Gauge("taskcast_streams_open", "Streams that are open, SSE and WebSocket.", multiprocess_mode="livesum")
 STREAM_FRAMES = Counter("taskcast_stream_frames", "Frames that were sent to readers.")
 STREAM_BYTES = Counter("taskcast_stream_bytes", "Bytes of frames that were sent to readers.")
 STREAMS_ABORTED = Counter(
@@ -40,14 +45,49 @@ REQUEST_SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
 
-# What the store holds, read at scrape time: the same from every process.
-QUEUE_TASKS = Gauge("taskcast_queue_tasks", "Tasks that are ready for a worker.", ["queue"])
-QUEUE_OLDEST_SECONDS = Gauge(
-    "taskcast_queue_oldest_seconds", "Age of the ready task that is next, priority counted as age.", ["queue"]
+# What the store holds, read at scrape time by whoever is asked.
+QUEUE_TASKS = Gauge(
+    "taskcast_queue_tasks", "Tasks that are ready for a worker.", ["queue"], multiprocess_mode="livemostrecent"
 )
-LEASES = Gauge("taskcast_leases", "Tasks that a worker holds.", ["partition"])
-LOG_ENTRIES = Gauge("taskcast_log_entries", "Entries that a partition's log keeps.", ["partition"])
-TASKS = Gauge("taskcast_tasks", "Tasks that a partition holds, ended ones included.", ["partition"])
+QUEUE_OLDEST_SECONDS = Gauge(
+    "taskcast_queue_oldest_seconds",
+    "Age of the ready task that is next, priority counted as age.",
+    ["queue"],
+    multiprocess_mode="livemostrecent",
+)
+LEASES = Gauge("taskcast_leases", "Tasks that a worker holds.", ["partition"], multiprocess_mode="livemostrecent")
+LOG_ENTRIES = Gauge(
+    "taskcast_log_entries", "Entries that a partition's log keeps.", ["partition"], multiprocess_mode="livemostrecent"
+)
+TASKS = Gauge(
+    "taskcast_tasks",
+    "Tasks that a partition holds, ended ones included.",
+    ["partition"],
+    multiprocess_mode="livemostrecent",
+)
+
+
+async def entries(read: Callable[..., Awaitable[Any]], tag: str, after: str) -> list[tuple[str, dict[bytes, bytes]]]:
+    """The next page of a partition's log, as it is stored."""
+    page = await read("XRANGE", keys.key(tag, "log"), f"({after}", "+", "COUNT", PAGE_ENTRIES)
+    return [
+        (id_.decode(), fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True)))
+        for id_, fields in page
+    ]
+
+
+def count(fields: dict[bytes, bytes]) -> str:
+    """Counts an entry. Returns the queue of a new task."""
+    kind, before, after = (fields[name].decode() for name in (b"type", b"before", b"after"))
+    EVENTS.labels(kind).inc()
+    if kind in {events.tag(events.Submitted), events.tag(events.Continued)}:
+        TASKS_SUBMITTED.inc()
+    if kind == events.tag(events.Started):
+        CLAIMS.inc()
+    if Status(after) in TERMINAL and Status(before) not in TERMINAL:
+        TASKS_ENDED.labels(after).inc()
+    event = events.decode(fields[b"event"]) if before == Status.NEW else None
+    return event.task.queue if isinstance(event, events.Submitted) else ""
 
 
 async def measure(read: Callable[..., Awaitable[Any]], tags: Iterable[str], queues: Iterable[str]) -> None:

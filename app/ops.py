@@ -5,19 +5,27 @@ and logs is read from the store at that moment.
 """
 
 import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
+import msgspec
 import structlog
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from msgspec import Struct
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from app import __version__, events, metrics
-from app.errors import TaskcastError
-from app.log import Logged
+from app import __version__, metrics
+from app.errors import TaskcastError, Unavailable
 from app.store import Store
-from app.task import TERMINAL
 
 logger = structlog.get_logger()
 
@@ -27,6 +35,13 @@ SCRAPE_SECONDS = 5.0
 """Half of Prometheus' default timeout."""
 QUEUES_MAX = 200
 """Names in the metrics: each is a series that Prometheus keeps."""
+COUNT_SECONDS = 1.0
+"""Between two looks at the log: it must not be cut meanwhile."""
+LOCK_SECONDS = 0.01
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""The client's own variable, and it looks when it is imported: then values live in files there, for all processes."""
+COUNTED = "counted.json"
+"""Next to them, `Counted`: locked by the process that counts, so that none counts what another one did."""
 
 
 def _state(status: str, checks: dict[str, str]) -> dict[str, object]:
@@ -59,38 +74,115 @@ async def scrape(request: Request) -> Response:
         # What the process itself counts is worth most while the store is away.
         metrics.STORE_ERRORS.labels("unavailable").inc()
         logger.warning("metrics.partial", reason=str(error) or type(error).__name__)
-    return Response(generate_latest(REGISTRY), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return Response(generate_latest(_registry()), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _registry() -> CollectorRegistry:
+    """Of all API processes that share the port, where they do."""
+    if not (folder := _shared_folder()):
+        return REGISTRY
+    for file in folder.glob("gauge_live*.db"):  # a dead process has no open streams
+        pid = int(file.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            with suppress(FileNotFoundError):  # another one saw it too
+                mark_process_dead(pid, str(folder))  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(folder))  # type: ignore[no-untyped-call]
+    return registry
+
+
+class Counted(Struct):
+    """How far the log is counted, and what queues it named."""
+
+    until: dict[str, str]
+    """The last id, by partition."""
+    queues: set[str]
 
 
 class Watch:
-    """Counts what happens to tasks, from the first scrape on: until somebody asks, nobody reads the log for it."""
+    """Counts what happens to tasks, from the log: every entry once, by one of the processes that share a port."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._queues = {"default"}
-        self.task: asyncio.Task[None] | None = None
+        self._counted = Counted({}, {"default"})
+        self._turn = asyncio.Lock()
+        self.task = asyncio.create_task(self._run(), name="metrics")
 
     async def read(self) -> None:
-        """Reads the gauges. Raises Unavailable."""
-        if self.task is None:
-            self.task = asyncio.create_task(self._run(), name="metrics")
-        await metrics.measure(self._store.door.read, self._store.partitions.tags, sorted(self._queues))
+        """Counts what is new, and reads the gauges. Raises Unavailable."""
+        await self._count()
+        await metrics.measure(self._store.door.read, self._store.partitions.tags, sorted(self._counted.queues))
 
     async def _run(self) -> None:
-        async with self._store.watch(self._count):
-            await asyncio.get_running_loop().create_future()
+        while True:
+            try:
+                await self._count()
+            except Unavailable:
+                pass  # the ticker tells
+            except Exception:
+                logger.exception("metrics.failed")
+            await asyncio.sleep(COUNT_SECONDS)
 
-    def _count(self, one: Logged) -> None:
-        event = one.entry.event
-        metrics.EVENTS.labels(events.tag(event)).inc()
-        if isinstance(event, events.Submitted | events.Continued):
-            metrics.TASKS_SUBMITTED.inc()
-        if isinstance(event, events.Submitted) and len(self._queues) < QUEUES_MAX:
-            self._queues.add(event.task.queue)
-        if isinstance(event, events.Started):
-            metrics.CLAIMS.inc()
-        if one.after in TERMINAL and one.before not in TERMINAL:
-            metrics.TASKS_ENDED.labels(one.after.value).inc()
+    async def _count(self) -> None:
+        async with self._turn:
+            folder = _shared_folder()
+            if not folder:
+                await self._count_all(lambda: None)
+                return
+            with (folder / COUNTED).open("r+b", buffering=0) as file:
+                await _lock(file)
+                raw = file.read()
+                self._counted = msgspec.json.decode(raw, type=Counted)
+
+                def keep() -> None:
+                    # One write, never shorter: whoever is killed leaves it whole.
+                    os.pwrite(file.fileno(), msgspec.json.encode(self._counted).ljust(len(raw)), 0)
+
+                await self._count_all(keep)
+
+    async def _count_all(self, keep: Callable[[], None]) -> None:
+        counted, read = self._counted, self._store.door.read
+        for tag in self._store.partitions.tags:
+            if tag not in counted.until:
+                counted.until[tag], _ = await self._store.log.end(tag)
+            while page := await metrics.entries(read, tag, counted.until[tag]):
+                try:
+                    for counted.until[tag], fields in page:
+                        queue = metrics.count(fields)
+                        if queue and len(counted.queues) < QUEUES_MAX:
+                            counted.queues.add(queue)
+                finally:  # an entry that cannot be read is passed by
+                    keep()
+
+
+@asynccontextmanager
+async def counted_together(store: Store, processes: int) -> AsyncIterator[dict[str, str]]:
+    """The environment in which so many API processes have their metrics in common, from here on."""
+    if processes == 1:
+        yield {}
+        return
+    with TemporaryDirectory(prefix="taskcast-metrics-") as folder:
+        until = {tag: (await store.log.end(tag))[0] for tag in store.partitions.tags}
+        (Path(folder) / COUNTED).write_bytes(msgspec.json.encode(Counted(until, {"default"})))
+        yield {FOLDER: folder}
+
+
+def _shared_folder() -> Path | None:
+    folder = Path(os.environ.get(FOLDER, ""))
+    return folder if (folder / COUNTED).is_file() else None
+
+
+async def _lock(file: BinaryIO) -> None:
+    """Until it is closed, or its process ends."""
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            await asyncio.sleep(LOCK_SECONDS)
+        else:
+            return
 
 
 routes = [

@@ -30,16 +30,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from app import __version__, metrics, ops
 from app.api import shannon
 from app.edge import Bounded, Cors, Trace, Unforeseen, http_error, not_found, task_error
 from app.errors import Misconfigured, TaskcastError, Unavailable
 from app.identity import DEVELOPMENT_KEY, Authentication, Identities
+from app.protocol import HANG_UP_SECONDS, Http, WebSocket
 from app.settings import Settings
-from app.sse import WIRE, Streams
+from app.sse import Streams
 from app.store import Store, open_store
 
 logger = structlog.get_logger()
@@ -52,8 +51,6 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than the idle time of the usual proxies (60 s), so that they close first and no request meets a closed door."""
 USER_TIMEOUT_MS = 30_000
 """After which the kernel gives up on a peer that takes nothing, or is gone."""
-HANG_UP_SECONDS = 1.0
-"""For the last bytes before an abort."""
 CONNECTIONS_WAITING_MAX = 2048
 TICK_SECONDS = 1.0
 FORGET_SECONDS = 60.0
@@ -95,40 +92,6 @@ def _page(html: str) -> Callable[[Request], Any]:
 
 
 # The server
-
-
-class Connection:
-    """A connection of ours, lent to a stream (`sse.Wire`)."""
-
-    def __init__(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
-
-    def limit(self, unsent_bytes: int) -> None:
-        self._transport.set_write_buffer_limits(high=unsent_bytes)
-
-    def unsent(self) -> int:
-        return self._transport.get_write_buffer_size()
-
-    def abort(self) -> None:
-        self._transport.abort()
-
-    def hang_up(self) -> None:
-        self._transport.close()
-        asyncio.get_running_loop().call_later(HANG_UP_SECONDS, self._transport.abort)
-
-
-class Http(HttpToolsProtocol):
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        lent: dict[str, Any] = {WIRE: Connection(self.transport)}
-        self.scope["extensions"] = lent
-
-
-class WebSocket(WebSocketsSansIOProtocol):
-    async def run_asgi(self) -> None:
-        lent: dict[str, Any] = {WIRE: Connection(self.transport)}
-        self.scope["extensions"] = {**(self.scope["extensions"] or {}), **lent}
-        await super().run_asgi()
 
 
 class Server(uvicorn.Server):
@@ -185,17 +148,31 @@ class Server(uvicorn.Server):
             connection.transport.abort()
         for task in [*state.tasks]:
             task.cancel()
-        await asyncio.gather(draining, *state.tasks, return_exceptions=True)
-        logger.info("server.stopped", cut_off=left)
+        # Bounded: one that swallows its cancel must not keep the process.
+        _, stuck = await asyncio.wait([draining, *state.tasks], timeout=HANG_UP_SECONDS)
+        logger.info("server.stopped", cut_off=left, stuck=len(stuck))
 
 
 class _WithoutKeys(logging.Filter):
-    """uvicorn tells the query of each WebSocket, and at DEBUG its headers."""
+    """uvicorn tells the query of each WebSocket, and at DEBUG its headers.
+
+    What it takes for errors, and is none, is dropped.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.msg, record.args = re.sub(r"\?[^\s\"]*", "?…", record.getMessage()), ()
-        return record.levelno >= logging.INFO
+        # Nothing but the end of the drain cancels a request; `server.stopped` counts them.
+        cut_off = bool(record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError))
+        return record.levelno >= logging.INFO and not cut_off and record.msg not in _NO_ERRORS
 
+
+_NO_ERRORS = {
+    # A WebSocket that the application refused with a status of its own; `request.answered` tells it.
+    "ASGI callable returned without completing handshake.",
+    # The client's fault, told to the client with code 1007.
+    "Invalid UTF-8 sequence received from client.",
+}
+"""Any anonymous client can cause these, as many as it likes: at ERROR it would raise alerts, or bury those that count."""
 
 _without_keys = _WithoutKeys()
 
@@ -373,7 +350,8 @@ def configure_logs() -> None:
             last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # One write per line: the printing one makes two, and processes that share stderr would tear lines.
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )
     root = logging.getLogger()
     root.handlers = [_Forward()]

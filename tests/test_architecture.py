@@ -12,7 +12,7 @@ LAYERS = [
     {"app.embedded", "app.connect", "app.log", "app.snapshots", "app.queues", "app.hub"},
     {"app.store"},
     {"app.identity", "app.limits", "app.sse", "app.api", "app.ops", "workers"},
-    {"app.edge", "app.server", "app.supervisor", "app.screen", "app.remote", "app.local", "app.cli"},
+    {"app.edge", "app.protocol", "app.server", "app.supervisor", "app.screen", "app.remote", "app.local", "app.cli"},
 ]
 """A module imports from its own layer or a lower one; a package counts with all that is in it."""
 HTTP = {"starlette", "sse_starlette", "uvicorn", "httpx", "http", "websockets"}

@@ -4,13 +4,14 @@ import asyncio
 import contextlib
 import json
 import logging
+import resource
 import signal
 import socket
 import sys
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -21,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import __version__, errors, server
+from app import __version__, errors, protocol, server
 from app.api import shannon
 from app.edge import BODY_BYTES_MAX, Bounded, respond
 from app.errors import Full, Misconfigured, Stale, Unavailable
@@ -274,7 +275,6 @@ async def test_readiness_is_the_stores(store: Store, running: Served, monkeypatc
 
 
 async def test_metrics_tell_what_happened_and_what_waits(store: Store, running: Served) -> None:
-    await number(running, "")  # the first scrape begins to watch
     submitted = await number(running, "taskcast_tasks_submitted_total")
     completed = await number(running, "taskcast_tasks_ended_total", status="completed")
     claims = await number(running, "taskcast_claims_total")
@@ -282,11 +282,7 @@ async def test_metrics_tell_what_happened_and_what_waits(store: Store, running: 
     await started(store)
     await submit(store)
     await submit(store, queue="agent:echo")
-
-    async def counted() -> bool:
-        return await number(running, "taskcast_tasks_submitted_total") == submitted + 4
-
-    await wait_until(counted, "four submissions are counted")
+    assert await number(running, "taskcast_tasks_submitted_total") == submitted + 4
     assert await number(running, "taskcast_tasks_ended_total", status="completed") == completed + 1
     assert await number(running, "taskcast_claims_total") == claims + 2
     assert await number(running, "taskcast_queue_tasks", queue="default") == 1
@@ -408,14 +404,269 @@ async def test_the_kernel_gives_up_on_a_peer_that_takes_nothing(running: Served)
     assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == server.USER_TIMEOUT_MS
 
 
+# Raw connections
+
+HEAD = f"Host: localhost\r\nX-API-Key: {DEVELOPMENT_KEY}\r\nContent-Type: application/json\r\n"
+SUBMISSION = b'{"query": "why?"}'
+HANDSHAKE = "Connection: Upgrade\r\nSec-WebSocket-Key: x3JJHMbDL1EzLkh9GBhXDw==\r\nSec-WebSocket-Version: 13\r\n"
+
+
+@contextlib.asynccontextmanager
+async def raw(running: Served) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+async def answer_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any]:
+    """The next answer on the connection: its status, headers and JSON."""
+    async with asyncio.timeout(5):
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        status, *lines = head.rstrip().split("\r\n")
+        headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
+        body = await reader.readexactly(int(headers["content-length"]))
+    return int(status.split()[1]), headers, json.loads(body)
+
+
+async def over(reader: asyncio.StreamReader) -> bytes:
+    """What still comes until the server closes."""
+    rest = b""
+    async with asyncio.timeout(5):
+        with contextlib.suppress(ConnectionError):
+            while chunk := await reader.read(65536):
+                rest += chunk
+    return rest
+
+
+H2C = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+
+
+@pytest.mark.parametrize("upgrade", [H2C, f"Upgrade: websocket\r\n{HANDSHAKE}"], ids=["h2c", "websocket"])
+@pytest.mark.parametrize("pause", [False, True])
+async def test_a_post_that_would_upgrade_is_served_as_it_is(running: Served, upgrade: str, pause: bool) -> None:
+    head = f"POST /api/v1/tasks HTTP/1.1\r\n{HEAD}{upgrade}"
+    sized = f"{head}Content-Length: {len(SUBMISSION)}\r\n\r\n".encode(), SUBMISSION
+    chunked = f"{head}Transfer-Encoding: chunked\r\n\r\n".encode(), b"11\r\n" + SUBMISSION + b"\r\n0\r\n\r\n"
+    async with raw(running) as (reader, writer):
+        for first, second in (sized, chunked, sized):
+            for part in (first[:50], first[50:], second) if pause else (first + second,):
+                writer.write(part)
+                for _ in range(10 * pause):
+                    await asyncio.sleep(0)  # so that each part arrives alone
+            status, _, body = await answer_of(reader)
+            assert status == 200
+            assert body["task_id"]
+        writer.write(f"GET /health HTTP/1.1\r\nHost: localhost\r\n{H2C}\r\n".encode() * 3)
+        assert [(await answer_of(reader))[0] for _ in range(3)] == [200] * 3
+
+
+async def test_a_handshake_that_cannot_be_read_is_answered(running: Served) -> None:
+    for head in (
+        f"GET /api/v1/stream/ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n{HANDSHAKE}Content-Length: 5\r\n\r\nhello",
+        f"GET /api/v1/stream/ws?a={'a' * 9000} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n{HANDSHAKE}\r\n",
+    ):
+        async with raw(running) as (reader, writer):
+            writer.write(head.encode())
+            status, _, body = await answer_of(reader)
+            assert (status, body) == (400, {"error": "Invalid WebSocket handshake."})
+            assert await over(reader) == b""
+
+
+@pytest.mark.parametrize(
+    "begun", ["NONSENSE\r\n\r\n", "CONNECT x:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", "GET / HTTP/1.1\r\nx\r\n"]
+)
+async def test_what_is_no_http_is_told_so_in_json(running: Served, begun: str) -> None:
+    async with raw(running) as (reader, writer):
+        writer.write(begun.encode())
+        status, headers, body = await answer_of(reader)
+        assert (status, body) == (400, {"error": "Invalid HTTP request received."})
+        assert headers["content-type"] == "application/json"
+        assert headers["connection"] == "close"
+        assert await over(reader) == b""
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        "",
+        "\r\n",
+        "GET /health HT",
+        f"POST /api/v1/tasks HTTP/1.1\r\n{HEAD}Content-Length: 10\r\n\r\n{{",
+        f"POST /api/v1/tasks HTTP/1.1\r\n{HEAD}{H2C}Content-Length: 10\r\n\r\n{{",
+    ],
+    ids=["nothing", "line break", "half a head", "half a body", "half a body after an upgrade"],
+)
+@pytest.mark.parametrize("served_before", [False, True])
+async def test_a_request_that_does_not_come_is_not_awaited_for_ever(
+    running: Served, monkeypatch: pytest.MonkeyPatch, begun: str, served_before: bool
+) -> None:
+    # Behind an answer the connection is idle until a byte comes, and idleness is another timer's.
+    begun = begun or "\r\n" * served_before
+    monkeypatch.setattr(protocol, "REQUEST_SECONDS", 0.2)
+    async with raw(running) as (reader, writer):
+        if served_before:
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await answer_of(reader))[0] == 200
+            (connection,) = running.server.server_state.connections
+            assert connection._timer is None  # type: ignore[union-attr]
+        writer.write(begun.encode())
+        status, headers, body = await answer_of(reader)
+        assert (status, body) == (408, {"error": "Request timeout"})
+        assert headers["connection"] == "close"
+        assert await over(reader) == b""
+    await wait_until(lambda: not running.server.server_state.tasks, "nobody waits for the rest")
+
+
+async def test_an_answer_faster_than_the_body_is_the_only_one(running: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "REQUEST_SECONDS", 0.3)
+    head = b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
+    async with raw(running) as (reader, writer):
+        writer.write(head)
+        assert (await answer_of(reader))[0] == 404
+        assert await over(reader) == b""
+    async with raw(running) as (reader, writer):
+        writer.write(head)
+        assert (await answer_of(reader))[0] == 404
+        writer.write(b"hello")
+        (connection,) = running.server.server_state.connections
+        idle = cast("protocol.Http", connection)
+        await wait_until(lambda: idle._timer is None, "the body has come")
+        assert idle.timeout_keep_alive_task is not None
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await answer_of(reader))[0] == 200
+
+
+async def test_a_stream_outlasts_the_time_for_requests(
+    running: Served, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "REQUEST_SECONDS", 0.1)
+    task, attempt = await started(store)
+    async with raw(running) as (reader, writer):
+        writer.write(f"GET /api/v1/tasks/{task}/stream HTTP/1.1\r\n{HEAD}\r\nGET /hea".encode())
+        assert (await reader.readline()).endswith(b"200 OK\r\n")
+        (connection,) = running.server.server_state.connections
+        waiting = cast("protocol.Http", connection)
+        first = waiting._timer
+        await wait_until(lambda: waiting._timer is not first, "the time is over, and counts anew")
+        await attempt.complete()
+        rest = await over(reader)
+    assert b"[DONE]" in rest
+    assert b"0\r\n\r\nHTTP/1.1 408" in rest  # the second request, once the first is answered
+
+
+async def test_beyond_the_bound_a_connection_is_closed_at_once(
+    running: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = await number(running, "taskcast_connections_refused_total")
+    monkeypatch.setattr(protocol, "connections_max", lambda: 2)
+    monkeypatch.setattr(protocol.Http, "_told_at", float("-inf"))
+    with structlog.testing.capture_logs() as lines:
+        async with raw(running) as (reader, writer):
+            writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await answer_of(reader))[0] == 200
+            for _ in range(3):
+                async with raw(running) as (late, _):
+                    assert await over(late) == b""
+    assert [line["event"] for line in lines].count("connection.refused") == 1
+    assert await number(running, "taskcast_connections_refused_total") == refused + 3
+    async with raw(running) as (reader, writer):
+        await wait_until(lambda: len(running.server.server_state.connections) == 2, "there is room again")
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await answer_of(reader))[0] == 200
+
+
+def test_a_tenth_of_the_files_is_kept_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 4000))
+    assert protocol.connections_max() == 900
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    assert protocol.connections_max() > 1_000_000
+
+
+async def test_half_a_body_does_not_hold_the_drain(
+    store: Store, settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(store, settings, grace_seconds=30) as running, raw(running) as (reader, writer):
+        writer.write(
+            f"POST /api/v1/tasks HTTP/1.1\r\n{HEAD}Content-Length: 10\r\nExpect: 100-continue\r\n\r\n".encode()
+        )
+        assert await reader.readline() == b"HTTP/1.1 100 Continue\r\n"  # it is being served
+        running.server.stop()
+        await over(reader)
+        await wait_until(lambda: not running.server.server_state.connections, "nothing is left")
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+@pytest.mark.parametrize("obedient", [True, False])
+async def test_a_request_cut_off_by_the_end_of_the_drain_is_no_error(
+    store: Store, settings: Settings, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, obedient: bool
+) -> None:
+    monkeypatch.setattr(server, "HANG_UP_SECONDS", 0.2)
+    cut, let = asyncio.Event(), asyncio.Event()
+
+    async def never(_: Request) -> Response:
+        try:
+            await asyncio.get_running_loop().create_future()
+        except asyncio.CancelledError:
+            cut.set()
+            if obedient:
+                raise
+        await let.wait()
+        return Response()
+
+    async with asyncio.timeout(20):
+        async with served(store, settings, grace_seconds=0.2) as running, raw(running) as (_, writer):
+            running.server.config.app.router.routes.append(Route("/never", never))  # type: ignore[union-attr]
+            writer.write(b"GET /never HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await wait_until(lambda: bool(running.server.server_state.tasks), "it is being served")
+        assert cut.is_set()
+        tasks = [*running.server.server_state.tasks]
+        assert bool(tasks) is not obedient
+        let.set()
+        await asyncio.gather(*tasks)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def test_what_any_client_can_cause_on_a_websocket_is_no_error(
+    running: Served, store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = await submit(store)
+    head = f"HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n{HANDSHAKE}"
+    for target, key in (("?workflow_id=none", True), (f"?workflow_id={task}", False), ("", True)):
+        async with raw(running) as (reader, writer):
+            known = f"X-API-Key: {DEVELOPMENT_KEY}\r\n" if key else "X-API-Key: wrong\r\n"
+            writer.write(f"GET /api/v1/stream/ws{target} {head}{known}\r\n".encode())
+            assert (await answer_of(reader))[0] in {400, 401, 404}
+            await over(reader)
+    async with raw(running) as (reader, writer):
+        writer.write(f"GET /api/v1/stream/ws?workflow_id={task} {head}X-API-Key: {DEVELOPMENT_KEY}\r\n\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"\x81\x81\0\0\0\0\xff")  # a text that is no UTF-8
+        assert b"\x88\x02\x03\xef" in await over(reader)  # closed with 1007
+    await wait_until(lambda: not running.server.server_state.tasks, "all is said")
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    logging.getLogger("uvicorn.error").error("anything else")
+    assert "anything else" in caplog.text
+
+
 # A whole process
 
 PROCESS = """
+import asyncio
 import sys
 from pathlib import Path
+from starlette.routing import Route
+from app import ops
 from app.server import run
 from app.settings import Settings
 
+async def never(_):
+    await asyncio.get_running_loop().create_future()
+
+ops.routes.append(Route("/never", never))
 settings = Settings(data=Path(sys.argv[1]), port=int(sys.argv[2]), grace_seconds=float(sys.argv[3]))
 sys.exit(run(settings, ready=lambda url: print(url, flush=True)))
 """
@@ -483,14 +734,9 @@ async def test_sigint_is_a_good_end_too_and_open_streams_are_aborted(tmp_path: P
 
 async def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     async with process(tmp_path / "data", grace=600) as one, httpx.AsyncClient(base_url=one.url) as client:
-        task = (await client.post("/api/v1/tasks", json={"query": "q"}, headers=KEY)).json()["task_id"]
-        # A request that never ends: its body never comes.
-        reader, writer = await asyncio.open_connection("127.0.0.1", int(one.url.rpartition(":")[2]))
-        writer.write(
-            f"POST /api/v1/tasks/{task}/cancel HTTP/1.1\r\nHost: localhost\r\nX-API-Key: {DEVELOPMENT_KEY}\r\n"
-            "Content-Length: 10\r\nExpect: 100-continue\r\n\r\n".encode()
-        )
-        assert await reader.readline() == b"HTTP/1.1 100 Continue\r\n"  # it is being served
+        _, writer = await asyncio.open_connection("127.0.0.1", int(one.url.rpartition(":")[2]))
+        writer.write(b"GET /never HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await client.get("/health")  # by now it is being served
         one.process.send_signal(signal.SIGTERM)
 
         async def listens() -> bool:

@@ -463,6 +463,60 @@ async def test_several_api_processes_share_the_port_and_a_second_server_is_told_
         await served.says("API process 1 runs again")
 
 
+async def test_several_api_processes_tell_the_same_metrics_and_count_every_task_once(tmp_path: Path) -> None:
+    async with serving(tmp_path, "--processes", "2", "--no-worker", TMPDIR=str(tmp_path)) as served:
+        pids = served.pids["API"]
+
+        def somebody_counts() -> bool:
+            (counted,) = tmp_path.glob("taskcast-metrics-*/counted.json")
+            with counted.open() as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return True
+            return False
+
+        async def scrape(pid: int) -> dict[str, str]:
+            """What this process answers: the others are stopped meanwhile."""
+            others = [other for other in pids if other != pid]
+            try:
+                for other in others:
+                    os.kill(other, signal.SIGSTOP)
+                    while somebody_counts():  # it must not be stopped in the middle
+                        os.kill(other, signal.SIGCONT)
+                        await asyncio.sleep(0.01)
+                        os.kill(other, signal.SIGSTOP)
+                async with client_of(served.url) as http:
+                    text = (await http.get("/metrics")).text
+            finally:
+                for other in others:
+                    os.kill(other, signal.SIGCONT)
+            lines = [line.rpartition(" ") for line in text.splitlines() if line.startswith("taskcast_")]
+            # Scrapes are requests too, and age goes on.
+            return {name: value for name, _, value in lines if "request" not in name and "seconds" not in name}
+
+        for _ in range(14):
+            async with client_of(served.url) as http:  # a connection each: both processes are met
+                await submit(http, "counted once")
+        first = await scrape(pids[0])
+        assert first["taskcast_tasks_submitted_total"] == "14.0"
+        assert first['taskcast_events_total{kind="submitted"}'] == "14.0"
+        assert first['taskcast_queue_tasks{queue="default"}'] == "14.0"
+        assert first["taskcast_streams_open"] == "0.0"
+        for pid in pids * 3:
+            assert await scrape(pid) == first
+
+        os.kill(pids[0], signal.SIGKILL)
+        await served.says("API process 1 runs again")
+        pids[0] = int(re.findall(r"runs again \(process (\d+)\)", served.out)[0])
+        async with client_of(served.url) as http:
+            await submit(http, "counted by either")
+        for pid in pids:
+            assert (await scrape(pid))["taskcast_tasks_submitted_total"] == "15.0"
+    with pytest.raises(ValueError, match="not enough"):
+        somebody_counts()  # the folder is gone
+
+
 async def test_with_llm_a_local_model_answers_the_tasks(tmp_path: Path) -> None:
     try:
         model.find_weights()
