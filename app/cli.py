@@ -6,6 +6,7 @@ name: it brings the store's and the server's libraries with it, and `taskcast ge
 """
 
 import importlib
+import os
 import sys
 from typing import Never
 
@@ -15,6 +16,9 @@ from app import remote
 from app.errors import TaskcastError
 
 USAGE = 2
+BROKEN_PIPE = 141
+"""As a shell says of `yes | head -1`: whoever read has left. A 1 would say that the task failed."""
+PYDANTIC = "Input should be "
 
 HELP = "Taskcast: tasks of AI agents, stored as events and streamed live."
 
@@ -22,14 +26,23 @@ HELP = "Taskcast: tasks of AI agents, stored as events and streamed live."
 def main() -> Never:
     """Ends the process, always with an exit code that says what happened."""
     try:
-        command()(prog_name="taskcast")
+        code = command()(prog_name="taskcast", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code)
+    except typer.TyperException as error:
+        _fail(_usage(error), USAGE)
+    except BrokenPipeError:
+        _leave()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer and rich make it a 1
+            _leave()
+        raise
     except remote.Problem as problem:
         _fail(str(problem), problem.code)
     except TaskcastError as error:
         _fail(str(error), USAGE)
     except KeyboardInterrupt:  # while it was imported; typer sees to the rest
         sys.exit(130)
-    raise AssertionError("typer ends with SystemExit")
 
 
 def command() -> typer.Typer:
@@ -53,8 +66,24 @@ def command() -> typer.Typer:
     return cli
 
 
+def _usage(error: typer.TyperException) -> str:
+    """In one sentence, instead of a box of five lines."""
+    said = " ".join(error.format_message().split()).removesuffix(".")
+    context = getattr(error, "ctx", None)
+    if isinstance(error, typer.BadParameter) and error.param and error.message.startswith(PYDANTIC):
+        meant = error.message.removeprefix(PYDANTIC).partition(",")[0].replace("valid integer", "whole number")
+        said = f"{error.param.opts[0]} must be {meant}"
+    return f"{said}. See {context.command_path if context else 'taskcast'} --help." if said else ""
+
+
+def _leave() -> Never:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # else Python would complain when it flushes at its end
+    sys.exit(BROKEN_PIPE)
+
+
 def _fail(sentence: str, code: int) -> Never:
-    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.write(f"{sentence}\n" if sentence else "")
     sys.exit(code)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import httpx
 import structlog
@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
-from app import __version__
-from app.errors import Misconfigured
+from app import __version__, keys
+from app.errors import Misconfigured, TaskcastError
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identities, Key, loopback
 from app.ops import counted_together
 from app.remote import HERE
@@ -39,7 +39,7 @@ from app.server import run as run_api
 from app.settings import Settings
 from app.snapshots import Difference
 from app.store import Store, open_store
-from app.supervisor import Child, Supervisor, supervisor
+from app.supervisor import Child, Stopped, Supervisor, supervisor
 from workers import model as model_server
 from workers import runtime
 from workers.handlers import by_queue, load
@@ -69,7 +69,27 @@ def settings_of(**options: Any) -> Settings:
         source = f"--{name.removesuffix('_url').replace('_', '-')}"
         if options.get(name) is None:
             source = f"TASKCAST_{name.upper()}"
-        raise Misconfigured(f"{source}={first['input']}: {first['msg']}.") from error
+        raise Misconfigured(f"{source} must be {_meant(name)}, not {str(first['input'])!r}.") from error
+
+
+def _meant(name: str) -> str:
+    """What a setting takes, in words."""
+    field = Settings.model_fields[name]
+    if choices := get_args(field.annotation):
+        return " or ".join(choices)
+    least, most = (
+        next((getattr(one, side) for one in field.metadata if hasattr(one, side)), None) for side in ("ge", "le")
+    )
+    kind = "a whole number" if field.annotation is int else "a number" if field.annotation is float else "text"
+    if least is not None and most is not None:
+        return f"{kind} from {least} to {most}"
+    return kind if least is None else f"{kind} of at least {least}"
+
+
+def _say_if_new(settings: Settings) -> None:
+    """A wrong folder looks like a store that lost everything."""
+    if not settings.redis_url and not (settings.data / "users").exists():
+        sys.stderr.write(f"{settings.data.absolute()} is a new, empty store; --data names another folder.\n")
 
 
 def run(main: Coroutine[Any, Any, T], *, fast: bool = False) -> T:
@@ -100,12 +120,17 @@ class Part(Struct, frozen=True, kw_only=True):
 @cli.command(rich_help_panel="Server")
 def serve(
     host: Annotated[str | None, Option(help="Address to bind to [TASKCAST_HOST; 127.0.0.1].")] = None,
-    port: Annotated[int | None, Option(help="Port; 0 takes a free one [TASKCAST_PORT; 8080].")] = None,
+    port: Annotated[
+        str | None, Option(metavar="INTEGER", help="Port; 0 takes a free one [TASKCAST_PORT; 8080].")
+    ] = None,
     data: Data = None,
     redis: RedisUrl = None,
-    processes: Annotated[int | None, Option(help="API processes that share the port [TASKCAST_PROCESSES; 1].")] = None,
+    processes: Annotated[
+        str | None, Option(metavar="INTEGER", help="API processes that share the port [TASKCAST_PROCESSES; 1].")
+    ] = None,
     keep_days: Annotated[
-        float | None, Option(help="Delete tasks so long after they ended; 0: never [TASKCAST_KEEP_DAYS; 0].")
+        str | None,
+        Option(metavar="FLOAT", help="Delete tasks so long after they ended; 0: never [TASKCAST_KEEP_DAYS; 0]."),
     ] = None,
     no_worker: Annotated[bool, Option("--no-worker", help="Without the demo worker.")] = False,
     llm: Annotated[bool, Option("--llm", help="With a small local language model that answers the tasks.")] = False,
@@ -147,8 +172,22 @@ async def _serve(settings: Settings, *, worker: bool, llm: bool) -> None:
                 parts = [*first, await _data(store), *then, _key(store)]
                 screen.print(_welcome(parts, kept, url, development=parts[-1].what == DEVELOPMENT_KEY))
                 await kept.over()
+            except Stopped:
+                if worker and await _running(store):
+                    seconds = f"{settings.grace_seconds:g} s"
+                    say(f"Stopping: running tasks get up to {seconds}; Ctrl-C again ends at once.")
+                raise
             finally:
                 sock.close()  # ours: whoever connects while the children stop is refused
+
+
+async def _running(store: Store) -> int:
+    """Tasks; 0 when the store does not say so at once."""
+    with suppress(TaskcastError, TimeoutError):
+        async with asyncio.timeout(1):
+            leases = [await store.door.read("ZCARD", keys.key(tag, "leases")) for tag in store.partitions.tags]
+            return sum(leases)
+    return 0
 
 
 def _api(settings: Settings, sock: socket.socket, url: str, together: Mapping[str, str]) -> Part:
@@ -311,6 +350,7 @@ def worker(
 async def _work(settings: Settings, modules: Sequence[str], queues: Sequence[str], slots: int) -> None:
     handlers = load(modules)
     by_queue(handlers, queues)  # before anything is opened
+    _say_if_new(settings)
     stop = asyncio.Event()
     async with open_store(settings) as store:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -334,7 +374,9 @@ def create(
     async def main(store: Store) -> str:
         return await Identities(store, store.settings).create(org, user, name)
 
-    key = _on_store(main, settings_of(data=data, redis_url=redis))
+    settings = settings_of(data=data, redis_url=redis)
+    _say_if_new(settings)
+    key = _on_store(main, settings)
     if sys.stdout.isatty():
         sys.stderr.write("It is shown this once; the store keeps only its hash.\n")
     sys.stdout.write(f"{key}\n")

@@ -125,9 +125,10 @@ class Api:
 
     def follow(self, task: str) -> Iterator[ServerSentEvent | str]:
         """The task's events from the first one on, then live, up to and including `done`. Opens the stream again,
-        behind the last event, whenever it breaks; says so, as a text. Raises Problem.
+        behind the last event, whenever it breaks; says so, as a text, and an empty one once it is open again.
+        Raises Problem.
         """
-        cursor, pause, answered = "", PAUSE_SECONDS, 0.0
+        cursor, pause, answered, lost = "", PAUSE_SECONDS, 0.0, False
         while True:
             resume = {"Last-Event-ID": cursor} if cursor else {}
             try:
@@ -144,6 +145,9 @@ class Api:
                     if source.response.status_code == 204:  # `done` was the last that we had read
                         return
                     answered = time.monotonic()
+                    if lost and source.response.is_success:
+                        lost = False
+                        yield ""
                     for event in source.iter_sse():
                         cursor, pause, answered = event.id, PAUSE_SECONDS, time.monotonic()
                         yield event
@@ -154,6 +158,7 @@ class Api:
                     raise self.unreachable(error) from error
             if time.monotonic() - answered > LOST_SECONDS_MAX:
                 raise Problem(f"{self.url} has not answered for {duration(LOST_SECONDS_MAX)}; the task may go on.")
+            lost = True
             yield f"The connection was lost; trying again in {pause:g} s."
             time.sleep(pause)
             pause = min(pause * 2, PAUSE_SECONDS_MAX)
@@ -314,7 +319,7 @@ def _watch(api: Api, task: str, *, as_json: bool) -> int:
     if as_json:
         for event in api.follow(task):
             if isinstance(event, str):
-                sys.stderr.write(f"{event}\n")
+                sys.stderr.write(f"{event}\n" if event else "")
             elif event.event != "done":
                 _print_json({"event": event.event, "id": event.id, "data": event.json()})
         return OUTCOME.get(api.ask("GET", path)["status"], FAILED)
@@ -328,7 +333,7 @@ def _watch(api: Api, task: str, *, as_json: bool) -> int:
             lines.show()
         body = api.ask("GET", path)
         lines.end(_answer(body))
-    console.print(_summary(body), highlight=False)
+    console.print(_summary(body), soft_wrap=True, highlight=False)
     return OUTCOME.get(body["status"], FAILED)
 
 
@@ -429,7 +434,8 @@ def _show_list(body: Json, offset: int) -> None:
     print_columns(console, ("TASK", "STATUS", "CREATED", "TOKENS", "QUERY"), rows)
     last = offset + len(body["tasks"])
     if last < body["total_count"]:
-        console.print(f"{last:,} of {body['total_count']:,}; --offset {last} shows more.", style="dim", highlight=False)
+        more = f"{last:,} of {body['total_count']:,}; --offset {last} shows more."
+        console.print(more, style="dim", soft_wrap=True, highlight=False)
 
 
 def _seconds_between(begin: str | None, end: str | None) -> float:

@@ -34,7 +34,8 @@ FINAL_OUTPUT = "final_output"
 TAIL_CHARACTERS = 20_000
 """Of the text, laid out anew ten times a second: more than any screen shows."""
 
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""Also what breaks lines or turns their direction where nobody sees it."""
 _STATUS = {
     "DATA_PROCESSING": "queued",
     "WORKFLOW_STARTED": "running",

@@ -5,6 +5,10 @@ snapshot; the script gets those rows as arguments and holds no rule of its own; 
 Python. A property test keeps the two equal: the snapshot in Redis is the fold of the task's stream.
 No I/O here.
 
+Where it differs from `design.md` §3 and §4: fields that take the script's own time are named apart (`stamp`, `later`)
+instead of by placeholders such as `@at` among the values, which a user's text could imitate; and a thread of messages,
+which only xpander's dialect reads, is not kept yet.
+
 Snapshots are flat: field name → text, as in the Redis hash, so that equal means equal byte for byte.
 Counters are whole numbers. An entry also sets, without any row: `last_seq`, `last_event_id`, `updated_at`,
 `size` (bytes of all its events), `fence`, `attempt` and, when a worker said it, `n`.

@@ -1,5 +1,6 @@
 """Small promises that nothing else would notice broken: the page, the licence, tests that do not sleep."""
 
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,10 +21,10 @@ def test_the_licence_is_mit() -> None:
 
 
 def test_no_test_sleeps_for_a_fixed_time() -> None:
-    """Zero seconds lets others run; a poll's pause stands in a loop whose end is a condition."""
-    polls = {"waiting.py", "writer.py", "test_kill.py", "test_tour.py", "test_runtime.py"}
+    """Zero seconds lets others run, a hundredth is a poll's pause; and a handler or a writer may take its time."""
+    allowed = {"waiting.py", "writer.py", "test_kill.py", "test_tour.py"}
     for file in (ROOT / "tests").rglob("*.py"):
-        if file.name not in polls | {Path(__file__).name}:
+        if file.name not in allowed:
             for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                slept = "sleep(" in line and "sleep(0)" not in line and '"' not in line
-                assert not slept, f"{file.name}:{number} sleeps: wait for a named condition"
+                fixed = re.search(r"\bsleep\((?!0\)|0\.01\))", line) and '"' not in line
+                assert not fixed, f"{file.name}:{number} sleeps: wait for a named condition"
