@@ -11,7 +11,7 @@ A subscription replays the task's stream, then goes live, and this hand-over is 
   Anything at or below was seen.
 
 So there is no gap and no duplicate, whatever was lost between store and process. The hub never reads after `$`:
-each empty answer would move that place (pains 2). It knows nothing of HTTP and of dialects.
+each empty answer would move that place. It knows nothing of HTTP and of dialects.
 """
 
 import asyncio
@@ -125,7 +125,7 @@ class Tail:
             except Unavailable as error:
                 logger.warning("tail.waiting", partition=self._tag, reason=str(error))
                 await asyncio.sleep(RETRY_SECONDS)
-            except Exception:  # a tail that dies in silence looks like a quiet task for ever (pains 14)
+            except Exception:  # a tail that dies in silence looks like a quiet task for ever
                 logger.exception("tail.failed", partition=self._tag)
                 await asyncio.sleep(RETRY_SECONDS)
 

@@ -1,6 +1,6 @@
 """Server-Sent Events: frame → bytes, and the response that streams them.
 
-Where it differs from `sse_starlette.EventSourceResponse`, on which it stands, and from `design.md` §5:
+Where it differs from `sse_starlette.EventSourceResponse`, on which it stands, and from the design of streams:
 
 1. Our own heartbeat: after silence only, and one comment line without a blank line (httpx-sse yields an empty event
    for a blank line after an id: tried).

@@ -5,7 +5,7 @@ snapshot; the script gets those rows as arguments and holds no rule of its own; 
 Python. A property test keeps the two equal: the snapshot in Redis is the fold of the task's stream.
 No I/O here.
 
-Where it differs from `design.md` §3 and §4: fields that take the script's own time are named apart (`stamp`, `later`)
+Where it differs from the design: fields that take the script's own time are named apart (`stamp`, `later`)
 instead of by placeholders such as `@at` among the values, which a user's text could imitate; and a thread of messages,
 which only xpander's dialect reads, is not kept yet.
 

@@ -122,7 +122,7 @@ async def test_an_ended_task_is_replayed_and_ends(store: Store) -> None:
     task = await store.get("o", "t")
     assert task is not None
     async with reader(store, task.last_event_id) as seen:
-        await wait_until(ended(seen), "a reader at the end is told so (pains 2)")
+        await wait_until(ended(seen), "a reader at the end is told so")
     assert seqs(seen) == []
 
 
