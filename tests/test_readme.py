@@ -21,7 +21,7 @@ from app.settings import Settings
 from app.task import diagram
 
 ROOT = Path(__file__).parents[1]
-TASKCAST = str(Path(sys.executable).with_name("taskcast"))
+SERVE = str(ROOT / "scripts" / "serve")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECONDS_MAX = 50
 
@@ -150,11 +150,11 @@ class Session:
         )
 
     def serve(self, *options: str) -> None:
-        """What `scripts/serve` does, without its look at the package index; on the same port when started again."""
+        """`scripts/serve` itself, here; on the same port when started again."""
         self.stop_server()
         with (self.folder / "server.log").open("w") as log:
             self.server = subprocess.Popen(
-                [TASKCAST, "serve", "--port", str(self.port), *options],
+                [SERVE, "--port", str(self.port), *options],
                 env=self.environment,
                 stdout=subprocess.PIPE,
                 stderr=log,

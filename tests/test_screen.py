@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.text import Text
 
 from app.remote import ago
-from app.screen import Lines, View, duration, print_columns
+from app.screen import Lines, View, clean, duration, print_columns
 
 
 def delta(text: str, *, agent: str = "final_output", attempt: int = 1) -> tuple[str, dict[str, Any]]:
@@ -65,6 +65,8 @@ def test_ends_have_their_own_words() -> None:
 
 def test_text_cannot_steer_the_terminal() -> None:
     assert seen(delta("a\x1b[2Jb\rc\x9b1md\te\n")).text == "a[2Jbc1md\te\n"
+    unseen = [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # line breaks and changes of direction
+    assert clean("".join(f"{chr(one)}a" for one in unseen)) == "a" * len(unseen)
 
 
 def test_the_live_screen_fits_and_shows_the_end_of_a_long_text() -> None:

@@ -83,12 +83,20 @@ async def test_a_child_that_ignores_the_end_is_killed(make: Make, monkeypatch: p
         os.kill(pid, 0)
 
 
-async def test_asked_twice_it_ends_at_once(make: Make) -> None:
-    async with asyncio.timeout(5), supervisor(print, grace_seconds=60) as kept:
-        await kept.start(make("a", STUBBORN, ready=True))
+async def test_asked_twice_it_ends_at_once(make: Make, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    program = STUBBORN.replace("signal.SIG_IGN", f"lambda *_: open({str(asked)!r}, 'w').close()")
+
+    async def ask_again() -> None:
+        await wait_until(asked.exists, "the child is asked to end, and does not")
         kept.stop()
-        asyncio.get_running_loop().call_later(0.1, kept.stop)
+
+    async with asyncio.timeout(30), supervisor(print, grace_seconds=60) as kept:
+        await kept.start(make("a", program, ready=True))
+        kept.stop()
+        asking = asyncio.create_task(ask_again())
         await kept.over()
+    await asking
 
 
 async def test_an_error_of_its_own_caller_stops_the_children_too(make: Make) -> None:
