@@ -111,6 +111,28 @@ async def test_what_nobody_foresaw_is_a_500_that_tells_nothing(store: Store, set
     assert line["exc_info"]
 
 
+async def test_a_full_store_takes_nothing_more_says_why_and_is_still_read(store: Store, running: Served) -> None:
+    task = await ended(store)
+    await store.door.call("CONFIG", "SET", "maxmemory", "1")
+    answer = await running.client.post("/api/v1/tasks", json={"query": "q"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")
+    assert "full" in answer.json()["error"]
+    assert (await running.client.get(f"/api/v1/tasks/{task}")).status_code == 200
+    assert "[DONE]" in (await running.client.get(f"/api/v1/tasks/{task}/stream")).text
+    assert (await running.client.delete(f"/api/v1/tasks/{task}")).status_code == 204
+
+
+async def test_data_of_another_format_is_one_clear_sentence(
+    store: Store, settings: Settings, capfd: pytest.CaptureFixture[str]
+) -> None:
+    await store.door.call("HSET", "tc:deployment", "format", "0")
+    command = (sys.executable, "-m", "app.cli", "verify", "--data", str(settings.data))
+    process = await asyncio.create_subprocess_exec(*command, cwd=Path(__file__).parents[2])
+    assert await process.wait() == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert said == "The store's data has format 0; this version of Taskcast reads format 1."
+
+
 @pytest.mark.parametrize(("error", "seconds"), [(Unavailable("gone"), "1"), (Full("no room"), "30")])
 async def test_a_store_that_cannot_answer_is_503_with_the_time_to_wait(
     store: Store, running: Served, monkeypatch: pytest.MonkeyPatch, error: Exception, seconds: str

@@ -6,6 +6,7 @@ log: in order, without a gap, without a duplicate.
 
 import asyncio
 import json
+import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from tests.waiting import wait_until
 
 CHROMIUM = shutil.which("chromium")
 NODE = Path(__file__).parent / "node"
+ROOT = Path(__file__).parents[2]
 OPTIONS = [
     "--headless",
     "--no-sandbox",
@@ -129,6 +131,20 @@ async def test_a_browser_loses_its_connection_and_no_event(http: httpx.AsyncClie
         assert network.cut == len(CUTS)
         assert await shown(page) == await expected(http, id_)
         assert await page.text_content("#text") == QUERY
+
+
+@needs_chromium
+async def test_the_readmes_lines_for_a_browser_show_the_text(http: httpx.AsyncClient, server: Server) -> None:
+    id_ = await submit(http, QUERY)
+    (snippet,) = re.findall(r"```js\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    script = f"""async ([id, key]) => {{
+        const shown = [], show = (text) => shown.push(text)
+        {snippet}
+        await new Promise((ended) => stream.addEventListener("done", ended))
+        return shown.join("")
+    }}"""
+    async with browser_page(server.url, id_) as page:
+        assert await page.evaluate(script, [id_, KEY]) == QUERY
 
 
 @needs_eventsource
