@@ -1,4 +1,4 @@
-"""The one door to the store for everybody above: submit append claim get list follow.
+"""The one door to the store for everybody above: submit append claim get list events follow.
 
 Nobody above this file says Redis; nobody below it says HTTP.
 """
@@ -27,7 +27,7 @@ class Store:
         self.queues = Queues(door, partitions, settings, self.log)
         self.hub = Hub(door, partitions, self.log, self.snapshots)
         self.submit, self.append, self.delete = self.log.submit, self.log.append, self.log.delete
-        self.read = self.log.read
+        self.events = self.log.read
         self.get, self.list = self.snapshots.get, self.snapshots.list
         self.claim, self.renew = self.queues.claim, self.queues.renew
         self.follow, self.watch = self.hub.follow, self.hub.watch

@@ -80,7 +80,7 @@ async def test_a_stream_tells_a_task_from_its_first_event_to_done(store: Store, 
         "WORKFLOW_COMPLETED",
         "done",
     ]
-    page = await store.read(ORG, task, "")
+    page = await store.events(ORG, task, "")
     assert page
     assert [frame.id for frame in found] == [*(entry.id for entry in page.entries), f"{page.last_id}.end"]
     assert found[-1].data == "[DONE]"
@@ -327,7 +327,7 @@ async def test_a_cursor_beyond_the_last_event_is_a_gap(store: Store, server: Ser
 async def test_a_cursor_that_nobody_gave_is_a_gap_and_the_stream_goes_on(store: Store, server: Served) -> None:
     task, attempt = await started(store)
     await attempt.write("a")
-    first = (await store.read(ORG, task, "")).entries[0].id  # type: ignore[union-attr]
+    first = (await store.events(ORG, task, "")).entries[0].id  # type: ignore[union-attr]
     never = f"{first.partition('-')[0]}-7"
     async with aconnect_sse(
         server.client, "GET", f"/api/v1/tasks/{task}/stream", headers={"Last-Event-ID": never}

@@ -477,7 +477,7 @@ class TestTrimmed:
         attempt = await claimed(store, id_)
         for i in range(30):
             await tell(attempt, events.Noted(name="WARNING", message=str(i)))
-        page = await store.read(DEVELOPMENT_ORG, id_, "")
+        page = await store.events(DEVELOPMENT_ORG, id_, "")
         assert page is not None
         assert page.base_seq > 0
         kept = list(range(page.base_seq + 1, 33))
@@ -503,7 +503,7 @@ async def test_a_task_deleted_while_it_is_read_ends_its_list(
     id_ = await submitted(client)
     attempt = await claimed(store, id_)
     await tell(attempt, *(events.Noted(name="WARNING") for _ in range(5)))
-    read = store.read
+    read = store.events
 
     async def read_then_delete(org: str, task: str, after: str, **more: Any) -> Any:
         page = await read(org, task, after, **{**more, "limit": 3})
@@ -511,7 +511,7 @@ async def test_a_task_deleted_while_it_is_read_ends_its_list(
             await store.delete(org, task)
         return page
 
-    monkeypatch.setattr(store, "read", read_then_delete)
+    monkeypatch.setattr(store, "events", read_then_delete)
     assert seqs(await told(client, id_)) == [1, 2, 3]
 
 

@@ -164,7 +164,7 @@ async def test_a_store_that_is_full_says_so_and_goes_on_reading_and_deleting(sto
     with pytest.raises(Full):
         await store.append("o", "t", events.Cancelled())
     assert await store.get("o", "t2") is None
-    assert (await store.read("o", "t", "")) is not None
+    assert (await store.events("o", "t", "")) is not None
     await store.delete("o", "t")
     await store.door.call("CONFIG", "SET", "maxmemory", "0")
     assert [d async for d in store.snapshots.verify()] == []

@@ -95,12 +95,12 @@ def test_the_snapshot_is_the_fold(url: str, said: list[AnyEvent], mark: int) -> 
         async with open_store(Settings(redis_url=url, events_per_mark=mark)) as store:
             id_ = f"t{next(NUMBER)}"
             entries = await play(store, id_, said)
-            page = await store.read("o", id_, "")
+            page = await store.events("o", id_, "")
             assert page is not None
             base = await store.snapshots.snapshot("o", id_, base=True)
             if page.gap:
                 assert base is not None
-                page = await store.read("o", id_, base.fields["last_event_id"])
+                page = await store.events("o", id_, base.fields["last_event_id"])
                 assert page is not None
             first = page.base_seq + 1
             assert [entry.seq for entry in page.entries] == list(range(first, entries + 1))

@@ -19,7 +19,7 @@ async def written(store: Store, count: int, id_: str = "t") -> list[str]:
     for n in range(1, count - 1):
         appended = await store.append("o", id_, TextDelta(text=f"{n} "), fence=claimed.fence, n=n)
         ids.append(appended.id)
-    page = await store.read("o", id_, f"seq:{1}", limit=1)
+    page = await store.events("o", id_, f"seq:{1}", limit=1)
     assert page is None or page.gap or page.entries[0].seq == 2
     if page and page.entries:
         ids.insert(1, page.entries[0].id)
@@ -27,7 +27,7 @@ async def written(store: Store, count: int, id_: str = "t") -> list[str]:
 
 
 async def read(store: Store, after: str, *, check: bool = True, id_: str = "t") -> Page:
-    page = await store.read("o", id_, after, check=check)
+    page = await store.events("o", id_, after, check=check)
     assert page is not None
     return page
 
@@ -44,7 +44,7 @@ async def test_every_cursor_form_gives_exactly_what_follows(store: Store) -> Non
 async def test_pages_join_without_gap_or_duplicate(store: Store) -> None:
     await written(store, 50)
     after, seen = "", []
-    while (page := await store.read("o", "t", after, limit=7)) and page.entries:
+    while (page := await store.events("o", "t", after, limit=7)) and page.entries:
         assert len(page.entries) <= 7
         seen += [e.seq for e in page.entries]
         after = page.entries[-1].id
@@ -82,9 +82,9 @@ async def test_an_id_that_nobody_gave_is_unknown_but_only_when_it_comes_from_out
 
 
 async def test_no_such_task_is_none(store: Store) -> None:
-    assert await store.read("o", "nobody", "") is None
+    assert await store.events("o", "nobody", "") is None
     await written(store, 3)
-    assert await store.read("another-org", "t", "") is None
+    assert await store.events("another-org", "t", "") is None
 
 
 async def test_a_trimmed_stream_keeps_a_base_from_which_every_later_state_follows(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ async def test_a_trimmed_stream_keeps_a_base_from_which_every_later_state_follow
             await store.append("o", "t", TextDelta(text=f"{n} "), fence=1, n=n)
             task = await store.get("o", "t")
             assert task is not None
-            page = await store.read("o", "t", f"seq:{max(task.last_seq - 5, 0)}")
+            page = await store.events("o", "t", f"seq:{max(task.last_seq - 5, 0)}")
             assert page is not None
             assert page.last_seq - page.base_seq <= 40
         assert page is not None

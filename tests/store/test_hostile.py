@@ -98,7 +98,7 @@ async def test_a_foreign_member_of_a_queue_does_not_stop_it(store: Store) -> Non
 async def test_rebuild_keeps_a_damaged_tasks_keys_and_restores_all_others(store: Store) -> None:
     for i in range(5):
         await running(store, f"t{i}")
-    page = await store.read("o", "t2", "")
+    page = await store.events("o", "t2", "")
     assert page is not None
     tag = store.partitions.tag("o", "t2")
     await store.append("o", "t2", events.Noted(name="X"))
@@ -107,7 +107,7 @@ async def test_rebuild_keeps_a_damaged_tasks_keys_and_restores_all_others(store:
     assert await store.snapshots.rebuild() == (4, ["t2"])
     assert {task.id for task in (await store.list("o", [()])).tasks} == {"t0", "t1", "t3", "t4"}
     assert await store.get("o", "t2") is not None
-    left = await store.read("o", "t2", page.entries[1].id)
+    left = await store.events("o", "t2", page.entries[1].id)
     assert left is not None
     assert len(left.entries) == 1
 
@@ -125,7 +125,7 @@ async def test_one_bad_argument_fails_alone(store: Store) -> None:
 async def test_what_is_no_cursor_is_said_to_be_none(store: Store, cursor: str) -> None:
     await running(store)
     with pytest.raises(Invalid):
-        await store.read("o", "t", cursor)
+        await store.events("o", "t", cursor)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ async def test_a_clock_that_went_back_stops_neither_queue_nor_deadline(store: St
     seconds, _ = await store.door.call("TIME")
     ahead = f"{(int(seconds) + 3600) * 1000}-0"
     await store.submit(Submission(id="first", org="o", query="?", submission="first", queue="other"))
-    page = await store.read("o", "first", "")
+    page = await store.events("o", "first", "")
     assert page is not None
     await store.door.call("XADD", keys.key(tag, "log"), ahead, "n", 2, "x", "y")
     one = await running(store)
@@ -214,7 +214,7 @@ async def test_a_page_of_large_events_is_bounded_in_bytes_and_pages_still_join(s
     for n in range(1, 31):
         await store.append("o", "t", events.Noted(name="BIG", message="x" * 200_000), fence=one.fence, n=n)
     after, seen, pages = "", list[int](), 0
-    while (page := await store.read("o", "t", after)) and page.entries:
+    while (page := await store.events("o", "t", after)) and page.entries:
         assert sum(entry.size for entry in page.entries) < 1024 * 1024 + 256 * 1024
         seen += [entry.seq for entry in page.entries]
         after, pages = page.entries[-1].id, pages + 1
@@ -257,7 +257,7 @@ async def test_a_reader_of_a_store_that_lost_its_last_entries_is_told_and_does_n
     for n in range(1, 6):
         await store.append("o", "t", TextDelta(text="a"), fence=one.fence, n=n)
     await wait_until(lambda: len(seen) == 7, "all arrive")
-    page = await store.read("o", "t", "")
+    page = await store.events("o", "t", "")
     assert page is not None
     for entry in page.entries[4:]:
         await store.door.call("XDEL", keys.key(tag, "events", "o", "t"), entry.id)

@@ -81,7 +81,7 @@ async def check(store: Store, promised: list[Ack]) -> None:
     logs: dict[str, dict[int, str]] = {}
     ended = 0
     async for org, id_ in store.snapshots._tasks(store.partitions.tags[0]):
-        page = await store.read(org, id_, "")
+        page = await store.events(org, id_, "")
         task = await store.get(org, id_)
         assert page is not None
         assert task is not None

@@ -97,7 +97,7 @@ class Bench:
     async def entries(self, id_: str) -> list[Entry]:
         entries: list[Entry] = []
         while True:
-            page = await self.store.read(ORG, id_, entries[-1].id if entries else "")
+            page = await self.store.events(ORG, id_, entries[-1].id if entries else "")
             assert page is not None
             if not page.entries:
                 return entries

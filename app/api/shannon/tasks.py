@@ -267,7 +267,7 @@ async def open_history(store: Store, org: str, id_: str, after: str = "", *, pag
     """A task's retained events after a cursor, read page by page: what is held at a time is bounded, and the whole by
     the stream's own bound (10,000 events, 16 MiB). Raises NotFound.
     """
-    first = await store.read(org, id_, after, limit=page, check=bool(after))
+    first = await store.events(org, id_, after, limit=page, check=bool(after))
     if first is None:
         raise NotFound("Task not found")
     gap: Json | None = None
@@ -286,14 +286,14 @@ async def _entries(store: Store, org: str, id_: str, page: Page | None, limit: i
     while page:
         if page.gap == "trimmed":
             # Of a task so busy that its stream is cut while we read it, the numbers show the hole.
-            page = await store.read(org, id_, f"seq:{max(page.base_seq, seq)}", limit=limit)
+            page = await store.events(org, id_, f"seq:{max(page.base_seq, seq)}", limit=limit)
             continue
         for entry in page.entries:
             yield entry
         if not page.entries or page.entries[-1].seq >= page.last_seq:
             return
         seq = page.entries[-1].seq
-        page = await store.read(org, id_, page.entries[-1].id, limit=limit)
+        page = await store.events(org, id_, page.entries[-1].id, limit=limit)
 
 
 STEPS = frozenset({"TOOL_INVOKED", "AGENT_STARTED", "AGENT_THINKING", "PROGRESS"})
