@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.text import Text
 from typer import Argument, Option
 
-from app import __version__, keys
+from app import __version__
 from app.errors import Misconfigured, TaskcastError
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identities, Key, loopback
 from app.ops import counted_together
@@ -185,8 +185,7 @@ async def _running(store: Store) -> int:
     """Tasks; 0 when the store does not say so at once."""
     with suppress(TaskcastError, TimeoutError):
         async with asyncio.timeout(1):
-            leases = [await store.door.read("ZCARD", keys.key(tag, "leases")) for tag in store.partitions.tags]
-            return sum(leases)
+            return await store.queues.running()
     return 0
 
 

@@ -137,6 +137,10 @@ class Queues:
                     count += 1
         return count
 
+    async def running(self) -> int:
+        """How many tasks workers hold."""
+        return sum([await self.door.read("ZCARD", keys.key(tag, "leases")) for tag in self.partitions.tags])
+
     async def forget(self, keep_seconds: float) -> int:
         """Deletes tasks that ended longer ago; at most FORGET_MAX per partition and call. Returns how many."""
         count = 0
