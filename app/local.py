@@ -343,7 +343,8 @@ def worker(
     settings = settings_of(data=data, redis_url=redis)
     configure_logs()
     served = [queue.strip() for queue in queues.split(",") if queue.strip()]
-    run(_work(settings, modules, served, slots), fast=True)
+    with suppress(asyncio.CancelledError):  # told to stop while the store opened: nothing had begun
+        run(_work(settings, modules, served, slots), fast=True)
 
 
 async def _work(settings: Settings, modules: Sequence[str], queues: Sequence[str], slots: int) -> None:
