@@ -1,6 +1,7 @@
 """The verbs that run here, on the store itself: serve, worker, keys, verify, rebuild. `remote.py` has the others.
 
-They read the settings (`TASKCAST_*`; options win) and open the store themselves.
+They read the settings (`TASKCAST_*`; options win) and open the store themselves. The file is long because each verb says its own settings, errors and screens; what
+runs child processes is in `supervisor.py`.
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 `TABLE` says which event moves which status where; `changes` adds, for one event, what the move does to the
 snapshot; the script gets those rows as arguments and holds no rule of its own; `apply` performs the same rows in
 Python. A property test keeps the two equal: the snapshot in Redis is the fold of the task's stream.
-No I/O here.
+No I/O here. The file is long so that no rule about states stands anywhere else.
 
 Where it differs from the design: fields that take the script's own time are named apart (`stamp`, `later`)
 instead of by placeholders such as `@at` among the values, which a user's text could imitate; and a thread of messages,

@@ -4,6 +4,9 @@ No I/O. Sections (§) are those of the contract that its public source, its SDK 
 disagree, both are served: `response` is always there, text frames also carry `message`, `error` has a twin
 `error_message`. A task whose submission names no mode is `simple`, as in every example of its documents; upstream
 routes such a task as `standard` first and classifies it afterwards, which nobody here does.
+
+It is long because it is one vocabulary: each event is spelled for a stream and for a list side by side, where a
+difference between the two would show.
 """
 
 from collections.abc import Iterable, Mapping
