@@ -4,6 +4,7 @@
     ├── Invalid            the request itself is wrong
     │   └── TooLarge       a stated limit is exceeded
     ├── Unauthorized       no key, or one that nobody knows
+    ├── Gone               a cursor's events are not kept any more, and the caller wants no less than all
     ├── NotFound           no such task here, or one of another organisation
     ├── Conflict           right request, wrong moment: the transition table refuses it
     │   ├── Stale          a worker speaks with a fence that is no longer the task's
@@ -36,6 +37,16 @@ class Unauthorized(TaskcastError):
 
 class NotFound(TaskcastError):
     code = "not_found"
+
+
+class Gone(TaskcastError):
+    """`earliest` and `latest` are the numbers that a task still has; 0 on a stream of many tasks."""
+
+    code = "gone"
+
+    def __init__(self, reason: str, earliest: int = 0, latest: int = 0) -> None:
+        super().__init__("The cursor's events are no longer kept, or were never here.")
+        self.reason, self.earliest, self.latest = reason, earliest, latest
 
 
 class Conflict(TaskcastError):

@@ -1,59 +1,58 @@
-"""One tail per partition, many bounded subscriptions: how a process follows tasks live.
+"""One tail per partition, many readers: how a process follows tasks live.
 
-A subscription replays the task's stream, then goes live, and this hand-over is written once, here, in
-`Subscription`. The rule:
+The tail offers each entry to the readers that it concerns (`seam.py` says what they do with it); readers that replay
+are served by a few tasks for all of them, and those that stand at the same place together: however many clients come
+back at once, each page is read once. A `Pull` turns a reader into pages to iterate, for who waits anyway.
 
-* The subscription is registered, and the tail has a concrete position, before the first page of history is read.
-* While it replays it buffers nothing; it only notes the highest seq that the tail offered.
-* It goes live in the same loop tick in which a page comes back empty and nothing above its own seq was offered.
-  No other code runs between that page's arrival and the switch, so nothing can fall between.
-* Live, it takes only seq + 1. Anything above is a hole (the log was trimmed, failed over): back to replay.
-  Anything at or below was seen.
-
-So there is no gap and no duplicate, whatever was lost between store and process. The hub never reads after `$`:
-each empty answer would move that place. It knows nothing of HTTP and of dialects.
+The hub never reads after `$`: each empty answer would move that place. It knows nothing of HTTP and of dialects.
 """
 
 import asyncio
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from itertools import takewhile
+from typing import Protocol
 
 import structlog
-from msgspec import Struct
+from msgspec.structs import fields
 
 from app.connect import Door, in_our_words
-from app.errors import NotFound, Unavailable
-from app.events import Entry, Submitted
+from app.errors import TaskcastError, Unavailable
 from app.log import Log, Logged, Partitions
+from app.seam import (
+    MATCHING_MAX,
+    PAGE_ENTRIES,
+    STATE_BYTES_MAX,
+    Answer,
+    Item,
+    ManyReader,
+    Placed,
+    Reader,
+    Selection,
+    Sink,
+    State,
+    Strand,
+    TaskReader,
+    Want,
+    WantLog,
+    WantPage,
+    WantSnapshot,
+    WantState,
+)
 from app.snapshots import Snapshots
-from app.task import TERMINAL, Snapshot, Status
+from app.task import Snapshot, Task
 
 logger = structlog.get_logger()
 
 RETRY_SECONDS = 0.2
 """Between attempts of a tail whose store is away."""
-
-
-class Gap(Struct, frozen=True, kw_only=True):
-    """What a cursor asked for cannot be given in full; the stream goes on after `snapshot`."""
-
-    reason: str
-    """`trimmed`: older than what is kept; `ahead`: later than the last entry; `unknown`: never given here."""
-    earliest: int
-    latest: int
-    snapshot: Snapshot
-
-
-class Ended(Struct, frozen=True, kw_only=True):
-    """The last entry is terminal, and the reader has it. `last_id` is empty for a deleted task."""
-
-    last_id: str
-    seq: int
-
-
-Item = Entry | Gap | Ended
+REPLAYS = 4
+"""Pages that are read for replaying readers at the same time."""
+STATE_BATCH = 50
+"""Snapshots that are read at once."""
+_IDENTITY = tuple(field.name for field in fields(Task) if field.required)
+OFFERED_MAX = 1000
+"""Readers offered an entry before others get their turn: one tick of the loop writes to about so many sockets."""
 
 
 class Tail:
@@ -61,22 +60,27 @@ class Tail:
 
     def __init__(self, door: Door, log: Log, tag: str) -> None:
         self._door, self._log, self._tag = door, log, tag
-        self._listeners: dict[tuple[str, str], set[Subscription]] = defaultdict(set)
+        self._readers: dict[tuple[str, str], set[TaskReader]] = defaultdict(set)
+        self._strands: set[Strand] = set()
         self._watchers: set[Callable[[Logged], None]] = set()
         self._task: asyncio.Task[None] | None = None
         self._placed = asyncio.Event()
 
-    async def join(self, subscription: "Subscription") -> None:
+    async def join(self, reader: TaskReader | Strand) -> None:
         """Registers, and returns once the tail has a position in the log."""
-        self._listeners[subscription.org, subscription.task].add(subscription)
+        if isinstance(reader, Strand):
+            self._strands.add(reader)
+        else:
+            self._readers[reader.org, reader.task].add(reader)
         await self._running()
 
-    def leave(self, subscription: "Subscription") -> None:
-        who = subscription.org, subscription.task
-        if who in self._listeners:
-            self._listeners[who].discard(subscription)
-            if not self._listeners[who]:
-                del self._listeners[who]
+    def leave(self, reader: TaskReader | Strand) -> None:
+        if isinstance(reader, Strand):
+            self._strands.discard(reader)
+        elif found := self._readers.get(who := (reader.org, reader.task)):
+            found.discard(reader)
+            if not found:
+                del self._readers[who]
         self._rest()
 
     async def watch(self, watcher: Callable[[Logged], None]) -> None:
@@ -95,7 +99,7 @@ class Tail:
         await self._placed.wait()
 
     def _rest(self) -> None:
-        if not self._listeners and not self._watchers and self._task:
+        if not self._readers and not self._strands and not self._watchers and self._task:
             self._task.cancel()
             self._task = None
 
@@ -116,12 +120,16 @@ class Tail:
                             found = await self._log.tail(redis, self._tag, last[0])
                         except Exception as error:
                             raise in_our_words(error) from error
+                        offered = 0
                         for one in found:
                             if one.number != last[1] + 1:
                                 logger.warning("tail.hole", partition=self._tag, after=last[1], got=one.number)
                                 self._replay_all()
-                            last = one.entry.id, one.number
-                            self._offer(one)
+                            last = one.id, one.number
+                            offered += self._offer(one)
+                            if offered >= OFFERED_MAX:
+                                offered = 0
+                                await asyncio.sleep(0)
             except Unavailable as error:
                 logger.warning("tail.waiting", partition=self._tag, reason=str(error))
                 await asyncio.sleep(RETRY_SECONDS)
@@ -129,16 +137,22 @@ class Tail:
                 logger.exception("tail.failed", partition=self._tag)
                 await asyncio.sleep(RETRY_SECONDS)
 
-    def _offer(self, one: Logged) -> None:
-        for subscription in self._listeners.get((one.org, one.entry.task), ()):
-            subscription.offer(one)
+    def _offer(self, one: Logged) -> int:
+        """To how many. Copies: an offer may make a reader leave."""
+        readers = tuple(self._readers.get((one.org, one.task), ()))
+        for reader in readers:
+            reader.offer(one)
+        for strand in tuple(self._strands):
+            strand.offer(one)
         for watcher in tuple(self._watchers):
             watcher(one)
+        return len(readers) + len(self._strands)
 
     def _replay_all(self) -> None:
-        for subscriptions in self._listeners.values():
-            for subscription in subscriptions:
-                subscription.restart()
+        for reader in [reader for readers in self._readers.values() for reader in readers]:
+            reader.lost()
+        for strand in tuple(self._strands):
+            strand.lost()
 
     async def aclose(self) -> None:
         if self._task:
@@ -148,137 +162,125 @@ class Tail:
             self._task = None
 
 
-class Subscription:
-    """One reader of one task. Iterate it: pages of items, in order, without gap or duplicate, until it ended."""
+class Replayed(Sink, Protocol):
+    """A sink whose reader the hub serves with pages."""
+
+    reader: Reader
+
+    def page(self, items: Sequence[Item], shared: dict[object, bytes]) -> None:
+        """What a page gave; asks for the next one when there is room. `shared` is common to all who get the same."""
+
+    def failed(self, error: Exception) -> None: ...
+
+
+class Pull:
+    """A reader, to be iterated: pages of items, in order, without gap or duplicate, until it ended."""
 
     BACKLOG_BYTES = 1024 * 1024
     """Kept for a live reader. Beyond, they are dropped and read again from the store: no loss, no growth."""
 
-    def __init__(self, log: Log, snapshots: Snapshots, org: str, task: str, after: str) -> None:
-        self.org, self.task = org, task
-        self._log, self._snapshots = log, snapshots
-        self._after = after
-        self._seq = -1
-        """Of the last entry given; -1 until the first page says where the cursor stands."""
-        self._offered = 0
-        self._live = False
-        self._again = False
-        """A replay was asked for since the last page was: that page says nothing about now."""
-        self._backlog: deque[Logged] = deque()
-        self._backlog_bytes = 0
+    def __init__(self, hub: "Hub", reader: Reader, first: Sequence[Item]) -> None:
+        self.reader = reader
+        self._hub = hub
+        self._backlog: deque[Item] = deque(first)
+        self._bytes = 0
+        self._mark = reader.mark()
         self._wake = asyncio.Event()
 
-    def offer(self, one: Logged) -> None:
-        """An entry from the tail, in log order."""
-        seq = one.entry.seq
-        self._offered = max(self._offered, seq)
-        if self._live:
-            due = self._backlog[-1].entry.seq + 1 if self._backlog else self._seq + 1
-            if seq == due and self._backlog_bytes < self.BACKLOG_BYTES:
-                self._backlog.append(one)
-                self._backlog_bytes += one.entry.size
-            elif seq >= due:
-                self.replay()
+    def take(self, one: Logged) -> None:
+        if self._room(one.entry.size):
+            self._backlog.append(one.entry)
+
+    def give(self, items: Sequence[Item]) -> None:
+        if self._room(sum(item.entry.size for item in items if isinstance(item, Placed))):
+            self._backlog.extend(items)
+
+    def _room(self, size: int) -> bool:
         self._wake.set()
+        if self._bytes >= self.BACKLOG_BYTES:
+            self._backlog.clear()
+            self._bytes = 0
+            self.reader.rewind(self._mark)
+            return False
+        self._bytes += size
+        return True
 
-    def replay(self) -> None:
-        """Live entries can no longer be trusted to be all: read the store again from the last one given."""
-        self._live = False
-        self._again = True
-        self._drop()
+    def behind(self) -> None:
         self._wake.set()
-
-    def restart(self) -> None:
-        """As `replay`, after a break: what was offered before it may never have been kept."""
-        self._offered = 0
-        self.replay()
-
-    def _drop(self) -> None:
-        self._backlog.clear()
-        self._backlog_bytes = 0
 
     async def __aiter__(self) -> AsyncIterator[list[Item]]:
-        check = True
         while True:
-            if self._live:
-                if not self._backlog:
-                    self._wake.clear()
-                    await self._wake.wait()
-                    continue
-                taken = [*takewhile(lambda one: one.after is not Status.GONE, self._backlog)]
-                items: list[Item] = [one.entry for one in taken]
-                gone = len(taken) < len(self._backlog)
-                self._drop()
-                if taken:
-                    self._after, self._seq = taken[-1].entry.id, taken[-1].entry.seq
-                if gone:  # what follows under this id is another task
-                    items.append(Ended(last_id="", seq=self._seq))
-                elif taken[-1].after in TERMINAL:
-                    items.append(Ended(last_id=self._after, seq=self._seq))
+            if self._backlog:
+                items = [*self._backlog]
+                self._backlog.clear()
+                self._bytes = 0
+            elif want := self.reader.want():
+                items = self.reader.arrived(await self._hub.fetch(want))
+            elif self.reader.ended:
+                return
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._mark = self.reader.mark()
+            if items:
                 yield items
-                if isinstance(items[-1], Ended):
-                    return
-                continue
-            self._again = False
-            page = await self._log.read(self.org, self.task, self._after, check=check)
-            if page is None:
-                yield [Ended(last_id="", seq=max(self._seq, 0))]  # deleted meanwhile
-                return
-            check = False
-            if self._seq > 0 and page.entries and isinstance(page.entries[0].event, Submitted):
-                yield [Ended(last_id="", seq=self._seq)]  # deleted, and its id used again
-                return
-            if page.gap:
-                gap = await self._gap(page.gap, page.base_seq, page.last_seq)
-                if gap is None:
-                    continue
-                self._after, self._seq = gap.snapshot.fields["last_event_id"], int(gap.snapshot.fields["last_seq"])
-                yield [gap]
-                continue
-            if page.entries:
-                self._after, self._seq = page.entries[-1].id, page.entries[-1].seq
-                items = list(page.entries)
-                if self._seq == page.last_seq and page.status in TERMINAL:
-                    yield [*items, Ended(last_id=self._after, seq=self._seq)]
-                    return
-                yield items
-                continue
-            # An empty page: the cursor stands at the end of what was stored when it was read.
-            self._after, self._seq = page.last_id, page.last_seq
-            if page.status in TERMINAL:
-                yield [Ended(last_id=page.last_id, seq=page.last_seq)]
-                return
-            if not self._again and self._offered <= self._seq:
-                self._live = True
-
-    async def _gap(self, reason: str, base_seq: int, last_seq: int) -> Gap | None:
-        """None: the task is gone; the next page will say so."""
-        snapshot = await self._snapshots.snapshot(self.org, self.task, base=reason == "trimmed")
-        if snapshot is None:
-            return None
-        return Gap(reason=reason, earliest=base_seq + 1, latest=last_seq, snapshot=snapshot)
 
 
 class Hub:
     def __init__(self, door: Door, partitions: Partitions, log: Log, snapshots: Snapshots) -> None:
         self._log, self._snapshots, self._partitions = log, snapshots, partitions
         self._tails = {tag: Tail(door, log, tag) for tag in partitions.tags}
+        self._waiting: dict[Want, list[Replayed]] = {}
+        self._replays: set[asyncio.Task[None]] = set()
         self.subscribers = 0
 
-    @asynccontextmanager
-    async def follow(self, org: str, task: str, after: str) -> AsyncIterator[Subscription]:
-        """Everything after a cursor: an id, `seq:N`, or empty for the start. Raises NotFound at once."""
-        if await self._log.read(org, task, after, limit=1) is None:
-            raise NotFound("Task not found")
-        tail = self._tails[self._partitions.tag(org, task)]
-        subscription = Subscription(self._log, self._snapshots, org, task, after)
+    # Readers
+
+    def one(self, org: str, task: str, after: str, *, snapshot: bool = False, strict: bool = False) -> TaskReader:
+        """Everything of a task after a cursor: an id, `seq:N`, or empty for the start."""
+        return TaskReader(org, task, after, snapshot=snapshot, strict=strict)
+
+    def many(self, selection: Selection, after: str, *, strict: bool = False) -> ManyReader:
+        return ManyReader(selection, self._partitions.tags, after, strict=strict)
+
+    async def open(self, reader: Reader) -> list[Item]:
+        """Registers a reader, and answers what it gives first; then `ask` for it, and at last `close` it.
+
+        Raises NotFound, Gone, Invalid, Unavailable; the reader is closed then.
+        """
         self.subscribers += 1
         try:
-            await tail.join(subscription)
-            yield subscription
+            for tail, member in self._places(reader):
+                await tail.join(member)
+            return await reader.begin(self.fetch)
+        except BaseException:
+            self.close(reader)
+            raise
+
+    def close(self, reader: Reader) -> None:
+        """Once."""
+        self.subscribers -= 1
+        reader.ended = True
+        for tail, member in self._places(reader):
+            member.live = False
+            tail.leave(member)
+
+    def _places(self, reader: Reader) -> list[tuple[Tail, TaskReader | Strand]]:
+        if isinstance(reader, TaskReader):
+            return [(self._tails[self._partitions.tag(reader.org, reader.task)], reader)]
+        return [(self._tails[strand.tag], strand) for strand in reader.strands]
+
+    @asynccontextmanager
+    async def follow(self, reader: Reader) -> AsyncIterator[Pull]:
+        """Raises as `open`."""
+        first = await self.open(reader)
+        try:
+            pull = Pull(self, reader, first)
+            reader.sink = pull
+            yield pull
         finally:
-            self.subscribers -= 1
-            tail.leave(subscription)
+            self.close(reader)
 
     @asynccontextmanager
     async def watch(self, watcher: Callable[[Logged], None]) -> AsyncIterator[None]:
@@ -291,6 +293,94 @@ class Hub:
             for tail in self._tails.values():
                 tail.unwatch(watcher)
 
+    # Replay
+
+    def ask(self, sink: Replayed) -> bool:
+        """Its reader gets what it wants next, soon, and with it all who want the same. False: it wants nothing."""
+        want = sink.reader.want()
+        if want is None:
+            return False
+        self._waiting.setdefault(want, []).append(sink)
+        if len(self._replays) < min(REPLAYS, len(self._waiting)):
+            replay = asyncio.create_task(self._replay(), name="replay")
+            self._replays.add(replay)
+            replay.add_done_callback(self._replays.discard)
+        return True
+
+    async def _replay(self) -> None:
+        while self._waiting:
+            want = next(iter(self._waiting))
+            sinks = self._waiting.pop(want)
+            answer: Answer = None
+            failure: Exception | None = None
+            try:
+                answer = await self.fetch(want)
+            except TaskcastError as error:
+                failure = error
+            except Exception as error:
+                logger.exception("replay.failed")
+                failure = error
+            shared: dict[object, bytes] = {}
+            for i, sink in enumerate(sinks):
+                if i % 100 == 99:
+                    await asyncio.sleep(0)
+                if sink.reader.ended:  # it left
+                    continue
+                try:
+                    if failure:
+                        raise failure
+                    sink.page(sink.reader.arrived(answer), shared)
+                except TaskcastError as error:
+                    sink.failed(error)
+                except Exception as error:
+                    logger.exception("replay.failed")
+                    sink.failed(error)
+
+    async def fetch(self, want: Want) -> Answer:
+        """Raises Unavailable."""
+        match want:
+            case WantPage():
+                return await self._log.read(want.org, want.task, want.after, limit=want.limit, check=want.check)
+            case WantSnapshot():
+                return await self._snapshots.snapshot(want.org, want.task, base=want.base)
+            case WantLog():
+                return await self._log.replay(want.tag, want.org, want.after, limit=PAGE_ENTRIES, check=want.check)
+            case WantState():
+                return await self._state(want.selection)
+
+    async def ends(self) -> list[tuple[str, int]]:
+        """Each partition's last id and counter."""
+        return await asyncio.gather(*(self._log.end(tag) for tag in self._tails))
+
+    async def _state(self, selection: Selection) -> State:
+        ends = await self.ends()
+        ids = [*selection.tasks]
+        if not ids:
+            sources = [
+                ("status", status.value, *place)
+                for status in selection.open_statuses
+                for owner in selection.owners
+                for place in [("session", f"{owner}:{selection.session}") if selection.session else ("owner", owner)]
+            ]
+            where = {"agent": [selection.agent]} if selection.agent else None
+            listed = await self._snapshots.list(
+                selection.org, sources, where=where, limit=MATCHING_MAX + 1, fields=_IDENTITY
+            )
+            ids = [task.id for task in listed.tasks]
+        found: list[Snapshot] = []
+        size = 0
+        for i in range(0, len(ids) if len(ids) <= MATCHING_MAX else 0, STATE_BATCH):
+            reading = (self._snapshots.snapshot(selection.org, id_) for id_ in ids[i : i + STATE_BATCH])
+            batch = [snapshot for snapshot in await asyncio.gather(*reading) if snapshot]
+            found += batch
+            size += sum(snapshot.size for snapshot in batch)
+            if size > STATE_BYTES_MAX:
+                break
+        return State(ends, found, more=len(ids) > MATCHING_MAX or size > STATE_BYTES_MAX)
+
     async def aclose(self) -> None:
+        for replay in [*self._replays]:
+            replay.cancel()
+        await asyncio.gather(*self._replays, return_exceptions=True)
         for tail in self._tails.values():
             await tail.aclose()

@@ -17,12 +17,13 @@ from app.connect import BLOCK_SECONDS, Arg, Door
 from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
-from app.task import Status, rows
+from app.task import TERMINAL, Status, rows
 
 PAGE_ENTRIES = 500
 """Of history, per read; a page also ends at 1 MiB."""
 CURSOR = re.compile(r"|[0-9]{1,15}-[0-9]{1,15}|seq:[0-9]{1,15}")
 """Fits the script's numbers."""
+ID = re.compile(r"[0-9]{1,15}-[0-9]{1,15}")
 
 
 class Partitions:
@@ -206,7 +207,7 @@ class Log:
         if not last:
             return "0-0", 0
         id_, fields = _pair(last[0])
-        return id_, int(fields[b"n"])
+        return id_.decode(), int(fields[b"n"])
 
     async def tail(self, redis: Any, tag: str, after: str) -> "list[Logged]":
         """What a partition's log got after `after`, a concrete id: `$` would mean another place each time.
@@ -219,7 +220,24 @@ class Log:
         if not raw:
             return []
         streams = raw.values() if isinstance(raw, dict) else [stream[1] for stream in raw]
-        return [logged(*_pair(item)) for stream in streams for item in stream]
+        return [Logged(*_pair(item)) for stream in streams for item in stream]
+
+    async def replay(self, tag: str, org: str, after: str, *, limit: int, check: bool = False) -> "LogPage":
+        """An organisation's entries of a partition's log, after an id; looks at most at `limit`, and about 1 MiB.
+
+        Raises Invalid for what is no id.
+        """
+        if not ID.fullmatch(after):
+            raise Invalid(f"Not a cursor: {after}")
+        args: list[Arg] = [keys.prefix(tag), org, after, limit, "1" if check else ""]
+        raw = await self.door.run("replay", [keys.key(tag, "log")], args, repeat=True, slow=True)
+        return LogPage(
+            gap=raw[0].decode(),
+            after=raw[1].decode(),
+            number=int(raw[2]),
+            scanned=int(raw[3]),
+            entries=[Logged(*_pair(item)) for item in raw[4]],
+        )
 
 
 class Page(Struct, frozen=True, kw_only=True):
@@ -235,48 +253,84 @@ class Page(Struct, frozen=True, kw_only=True):
     entries: list[Entry]
 
 
-class Logged(Struct, frozen=True, kw_only=True):
+class Logged:
     """An entry of a partition's log: the header tells who may want it, before anybody parses the event."""
 
+    __slots__ = ("_entry", "_fields", "ends", "gone", "id", "number", "org", "seq", "spelled", "task")
+
+    def __init__(self, id_: bytes, fields: dict[bytes, bytes]) -> None:
+        self.id = id_.decode()
+        self.number = int(fields[b"n"])
+        """The partition's dense counter."""
+        self.org = fields[b"org"].decode()
+        self.task = fields[b"task"].decode()
+        self.seq = int(fields[b"seq"])
+        after = fields[b"after"]
+        self.gone = after == b"gone"
+        """The task was deleted."""
+        self.ends = after in _TERMINAL
+        """The task is over, with this entry or before it."""
+        self.spelled: dict[Any, tuple[bytes, int]] = {}
+        """What its readers get, by how they want it: made once for all of them."""
+        self._fields = fields
+        self._entry: Entry | None = None
+
+    @property
+    def owner(self) -> str:
+        return self._fields[b"owner"].decode()
+
+    @property
+    def agent(self) -> str:
+        return self._fields[b"agent"].decode()
+
+    @property
+    def session(self) -> str:
+        return self._fields[b"session"].decode()
+
+    @property
+    def before(self) -> Status:
+        return Status(self._fields[b"before"].decode())
+
+    @property
+    def after(self) -> Status:
+        return Status(self._fields[b"after"].decode())
+
+    @property
+    def entry(self) -> Entry:
+        if self._entry is None:
+            seconds, micros = self._fields[b"us"].split()
+            at = max(int(seconds) * 1_000_000 + int(micros), int(self.id.partition("-")[0]) * 1000)
+            self._entry = _entry(self.task, self.id, at, self._fields)
+        return self._entry
+
+
+_TERMINAL = frozenset(status.value.encode() for status in TERMINAL)
+
+
+class LogPage(Struct, frozen=True, kw_only=True):
+    """A piece of a partition's log, read for one organisation."""
+
+    gap: str
+    """As of `Page`."""
+    after: str
     number: int
-    """The partition's dense counter."""
-    org: str
-    owner: str
-    user: str
-    agent: str
-    session: str
-    before: Status
-    after: Status
-    entry: Entry
+    """Id and counter of the last entry that was looked at; if there was none, of the cursor."""
+    scanned: int
+    entries: list[Logged]
+    """Those of the organisation, without those of tasks that were deleted since."""
 
 
-def _pair(item: Any) -> tuple[str, dict[bytes, bytes]]:
+def _pair(item: Any) -> tuple[bytes, dict[bytes, bytes]]:
     id_, fields = item
     if not isinstance(fields, dict):
         fields = dict(zip(fields[::2], fields[1::2], strict=True))
-    return id_.decode(), fields
+    return id_, fields
 
 
 def entry(task: str, id_: bytes, raw: Sequence[bytes]) -> Entry:
     """An entry of a task's own stream."""
     fields = dict(zip(raw[::2], raw[1::2], strict=True))
     return _entry(task, id_.decode(), int(fields[b"at"]), fields)
-
-
-def logged(id_: str, fields: dict[bytes, bytes]) -> Logged:
-    seconds, micros = fields[b"us"].split()
-    at = max(int(seconds) * 1_000_000 + int(micros), int(id_.partition("-")[0]) * 1000)
-    return Logged(
-        number=int(fields[b"n"]),
-        org=fields[b"org"].decode(),
-        owner=fields[b"owner"].decode(),
-        user=fields[b"user"].decode(),
-        agent=fields[b"agent"].decode(),
-        session=fields[b"session"].decode(),
-        before=Status(fields[b"before"].decode()),
-        after=Status(fields[b"after"].decode()),
-        entry=_entry(fields[b"task"].decode(), id_, at, fields),
-    )
 
 
 def _entry(task: str, id_: str, at: int, fields: Mapping[bytes, bytes]) -> Entry:

@@ -7,15 +7,17 @@ import asyncio
 import json
 import resource
 import sys
-from typing import Any, ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import httptools
 import structlog
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from app import metrics
-from app.sse import WIRE
+from app.sse import CHUNK_BYTES, WIRE, Detached
 
 logger = structlog.get_logger()
 
@@ -30,14 +32,36 @@ REFUSALS_TOLD_SECONDS = 1.0
 class Connection:
     """A connection of ours, lent to a stream (`sse.Wire`)."""
 
-    def __init__(self, transport: asyncio.Transport) -> None:
+    __slots__ = ("_detach", "_transport", "unsent", "write")
+
+    def __init__(self, transport: asyncio.Transport, detach: Callable[["Kept"], None] | None = None) -> None:
         self._transport = transport
+        self._detach = detach
+        self.unsent = transport.get_write_buffer_size
+        self.write = transport.write
 
     def limit(self, unsent_bytes: int) -> None:
         self._transport.set_write_buffer_limits(high=unsent_bytes)
 
-    def unsent(self) -> int:
-        return self._transport.get_write_buffer_size()
+    def detach(self, owner: Detached) -> bool:
+        assert self._detach, "a WebSocket stays with its protocol"
+        detach, self._detach = self._detach, None
+        if self._transport.is_closing():  # its end is told to the protocol
+            owner.lost()
+            return False
+        detach(Kept(self._transport, owner))
+        self._transport.set_write_buffer_limits(high=CHUNK_BYTES)
+        return True
+
+    def chunk(self, data: bytes) -> bytes:
+        """Uvicorn announces chunks to every client (RFC 9112 §7.1), also to those of HTTP/1.0 that ask for none: the
+        proxies that still speak it understand them.
+        """
+        return b"%x\r\n%b\r\n" % (len(data), data)
+
+    def end(self) -> None:
+        self.write(b"0\r\n\r\n")
+        self._transport.close()
 
     def abort(self) -> None:
         self._transport.abort()
@@ -45,6 +69,27 @@ class Connection:
     def hang_up(self) -> None:
         self._transport.close()
         asyncio.get_running_loop().call_later(HANG_UP_SECONDS, self._transport.abort)
+
+
+class Kept(asyncio.Protocol):
+    """What is left of a connection whose stream has detached it: what the client says is thrown away."""
+
+    __slots__ = ("_owner", "connections", "transport")
+
+    def __init__(self, transport: asyncio.Transport, owner: Detached) -> None:
+        self.transport = transport
+        self._owner = owner
+        self.connections: set[Any] = set()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        self.connections.discard(self)
+        self._owner.lost()
+
+    def resume_writing(self) -> None:
+        self._owner.drained()
+
+    def shutdown(self) -> None:
+        """The drain sends streams away."""
 
 
 def connections_max() -> int:
@@ -181,14 +226,29 @@ class Http(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._await_message()
         super().on_message_begin()
-        lent: dict[str, Any] = {WIRE: Connection(self.transport)}
-        self.scope["extensions"] = lent
+        self.scope["extensions"] = {}
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():  # `data_received` decides
             self.scope["method"] = self.parser.get_method().decode("ascii")
         else:
             super().on_headers_complete()
+            lent: dict[str, Any] = {WIRE: Connection(self.transport, partial(self._detach, self.cycle))}
+            self.scope["extensions"] = lent
+
+    def _detach(self, cycle: RequestResponseCycle, kept: Kept) -> None:
+        """The stream of that request takes the connection; requests behind it are never answered."""
+        self._cease_waiting()
+        self._unset_keepalive_if_required()
+        self.flow.resume_reading()  # or its end would not be noticed
+        cycle.disconnected = True  # so that its ASGI call may return
+        kept.connections = cast("set[Any]", self.connections)
+        kept.connections.discard(self)
+        kept.connections.add(kept)
+        self.pipeline.clear()
+        self.transport.set_protocol(kept)
+        # They refer to one another, and would wait for the garbage collector.
+        del self.parser, self.scope, self.cycle
 
     def on_message_complete(self) -> None:
         if self.parser.should_upgrade():

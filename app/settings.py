@@ -37,6 +37,9 @@ class Settings(BaseSettings):
     stream_backlog_bytes: int = Field(
         default=1024 * 1024, ge=1024, description="Unsent bytes after which a reader is cut off."
     )
+    streams_per_key: int = Field(
+        default=10_000, ge=1, description="Streams that one API key may have open in a process."
+    )
     events_per_mark: int = Field(default=5000, ge=10, description="Events after which a task's stream may be trimmed.")
     bytes_per_mark: int = Field(
         default=8 * 1024 * 1024, ge=1024, description="Event bytes after which it may be trimmed."

@@ -4,11 +4,11 @@ Nobody above this file says Redis; nobody below it says HTTP.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 
 from app.connect import Door
 from app.embedded import Embedded
-from app.hub import Hub
+from app.hub import Hub, Pull
 from app.log import Log, Partitions, open_partitions
 from app.queues import Queues
 from app.settings import Settings
@@ -30,7 +30,13 @@ class Store:
         self.events = self.log.read
         self.get, self.list = self.snapshots.get, self.snapshots.list
         self.claim, self.renew = self.queues.claim, self.queues.renew
-        self.follow, self.watch = self.hub.follow, self.hub.watch
+        self.watch = self.hub.watch
+
+    def follow(
+        self, org: str, task: str, after: str, *, snapshot: bool = False, strict: bool = False
+    ) -> AbstractAsyncContextManager[Pull]:
+        """A task's items after a cursor, page by page (`hub.Hub.one`). Raises NotFound, Gone, Unavailable."""
+        return self.hub.follow(self.hub.one(org, task, after, snapshot=snapshot, strict=strict))
 
     async def ping(self) -> None:
         """Raises Unavailable."""

@@ -360,6 +360,11 @@ class Snapshot(Struct, frozen=True, kw_only=True):
         return Status(self.fields.get("status", NEW.value))
 
     @property
+    def size(self) -> int:
+        """In characters and bytes, roughly: what it takes to hold."""
+        return len(self.text) + sum(len(value) for value in self.fields.values())
+
+    @property
     def texts(self) -> dict[str, str]:
         """Agent → what it has written so far."""
         texts: dict[str, str] = {}

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"app", "app.errors", "app.events", "app.task"},
     {"app.keys", "app.settings", "app.metrics"},
-    {"app.embedded", "app.connect", "app.log", "app.snapshots", "app.queues", "app.hub"},
+    {"app.embedded", "app.connect", "app.log", "app.snapshots", "app.queues", "app.seam", "app.hub"},
     {"app.store"},
     {"app.identity", "app.limits", "app.sse", "app.api", "app.ops", "workers"},
     {"app.edge", "app.protocol", "app.server", "app.supervisor", "app.screen", "app.remote", "app.local", "app.cli"},

@@ -338,7 +338,7 @@ class Worker:
 
     def _hear(self, one: Logged) -> None:
         """An entry of the partition's log; most are not about a task of ours."""
-        attempt = self._held.get((one.org, one.entry.task))
+        attempt = self._held.get((one.org, one.task))
         if attempt is None or one.entry.fence < attempt.claimed.fence or one.entry.n:
             return
         if one.entry.fence > attempt.claimed.fence:

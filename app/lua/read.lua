@@ -49,7 +49,14 @@ if seq then
     after = id
   end
 elseif after ~= '' then
-  if before(task[3], after) then return answer('ahead', {}) end
+  if before(task[3], after) then
+    -- The place of another task's entry, from a stream of both, is later than this one's last: nothing is missing.
+    local other = redis.call('XRANGE', KEYS[4], after, after)[1]
+    local said = {}
+    for i = 1, other and #other[2] or 0, 2 do said[other[2][i]] = other[2][i + 1] end
+    local missing = not other or KEYS[2] == ARGV[1] .. 'task:' .. said.org .. ':' .. said.task
+    return answer(missing and 'ahead' or '', {})
+  end
   if base[1] and before(after, base[2]) then return answer('trimmed', {}) end
   if ARGV[5] == '1' and after ~= task[3] and after ~= base[2] then
     local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]

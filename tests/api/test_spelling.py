@@ -28,8 +28,8 @@ from app.api.shannon.spelling import (
 )
 from app.errors import Conflict, Invalid, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Event, Submission, Usage
-from app.hub import Ended, Gap
 from app.identity import Identity
+from app.seam import Ended, Gap
 from app.task import EMPTY, STORED, TERMINAL, Snapshot, Status, Task, apply, task
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -607,6 +607,7 @@ def test_every_error_of_the_tree_has_a_status_and_a_sentence() -> None:
         errors.Invalid: 400,
         errors.TooLarge: 413,
         errors.Unauthorized: 401,
+        errors.Gone: 410,
         errors.NotFound: 404,
         errors.Conflict: 409,
         errors.Stale: 409,

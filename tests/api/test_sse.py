@@ -1,4 +1,4 @@
-"""Frames as bytes, and the streaming response on any ASGI server: heartbeat, aborts, slow readers."""
+"""Frames as bytes, and the portable response, of any ASGI server: heartbeat, aborts, slow readers."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from starlette.types import Message
 from app import sse
 from app.errors import NotFound, Unavailable
 from app.settings import Settings
-from app.sse import WIRE, Aborted, Frame, Pages, Reader, Stream, Streams, encode
+from app.sse import Aborted, Frame, Pages, Portable, Streams, Visitor, encode
 from tests.waiting import wait_until
 
 
@@ -49,37 +49,12 @@ def test_retry_is_two_to_five_seconds_and_no_event() -> None:
 # The response, driven by hand
 
 
-class Wire:
-    """As our server lends it: `hang_up` and `abort` end in a disconnect."""
-
-    def __init__(self) -> None:
-        self.gone = asyncio.Event()
-        self.waiting = 0
-        self.bound = 0
-        self.said: list[str] = []
-
-    def limit(self, unsent_bytes: int) -> None:
-        self.bound = unsent_bytes
-
-    def unsent(self) -> int:
-        return self.waiting
-
-    def abort(self) -> None:
-        self.said.append("abort")
-        self.gone.set()
-
-    def hang_up(self) -> None:
-        self.said.append("hang up")
-        self.gone.set()
-
-
 class Client:
     """Collects what a response sends."""
 
-    def __init__(self, *, method: str = "GET", wire: Wire | None = None) -> None:
-        extensions = {WIRE: wire} if wire else {}
-        self.scope = {"type": "http", "method": method, "extensions": extensions}
-        self.gone = wire.gone if wire else asyncio.Event()
+    def __init__(self, *, method: str = "GET") -> None:
+        self.scope = {"type": "http", "method": method}
+        self.gone = asyncio.Event()
         self.messages: list[Message] = []
 
     async def receive(self) -> Message:
@@ -142,7 +117,7 @@ async def faulty() -> AsyncIterator[bytes]:
 
 
 async def respond(streams: Streams, pages: Pages, client: Client) -> None:
-    await Stream(streams, pages, hello=b": hello\n\n")(client.scope, client.receive, client.send)
+    await Portable(streams, pages, hello=b": hello\n\n")(client.scope, client.receive, client.send)
 
 
 async def test_a_stream_is_its_greeting_and_its_pages_and_a_clean_end(streams: Streams) -> None:
@@ -171,8 +146,9 @@ async def test_what_a_request_deserves_is_raised_before_the_first_byte(streams: 
 
 
 async def test_a_store_that_is_away_is_a_stream_that_begins_later(streams: Streams) -> None:
-    client = Client(wire=Wire())
-    await respond(streams, refusing(Unavailable("gone")), client)
+    client = Client()
+    with pytest.raises(Aborted):
+        await respond(streams, refusing(Unavailable("gone")), client)
     assert client.messages[0]["status"] == 200
     assert client.body.startswith(b"retry: ")
     assert not client.ended
@@ -182,18 +158,9 @@ async def test_a_store_that_is_away_is_a_stream_that_begins_later(streams: Strea
 async def test_a_stream_that_cannot_go_on_is_aborted_not_ended(
     streams: Streams, pages: Callable[[], AsyncIterator[bytes]]
 ) -> None:
-    wire = Wire()
-    client = Client(wire=wire)
-    await respond(streams, pages_of(pages), client)
-    assert client.body.startswith(b": hello\n\none\n\nretry: ")
-    assert wire.said == ["hang up"]
-    assert not client.ended
-
-
-async def test_on_a_server_that_lends_no_connection_an_exception_aborts(streams: Streams) -> None:
     client = Client()
     with pytest.raises(Aborted):
-        await respond(streams, pages_of(broken), client)
+        await respond(streams, pages_of(pages), client)
     assert client.body.startswith(b": hello\n\none\n\nretry: ")
     assert not client.ended
 
@@ -203,8 +170,9 @@ async def test_a_stream_beyond_the_bound_is_told_to_come_back(settings: Settings
     first = Client()
     running = asyncio.create_task(respond(streams, pages_of(silence), first))
     await wait_until(lambda: len(streams.open) == 1, "the first stream is open")
-    second = Client(wire=Wire())
-    await respond(streams, pages_of(two), second)
+    second = Client()
+    with pytest.raises(Aborted):
+        await respond(streams, pages_of(two), second)
     assert second.messages[0]["status"] == 200
     assert second.body.startswith(b"retry: ")
     assert not second.ended
@@ -213,23 +181,25 @@ async def test_a_stream_beyond_the_bound_is_told_to_come_back(settings: Settings
 
 
 async def test_a_drain_sends_every_stream_away_and_takes_no_new_one(streams: Streams) -> None:
-    clients = [Client(wire=Wire()) for _ in range(250)]
+    clients = [Client() for _ in range(250)]
     running = [asyncio.create_task(respond(streams, pages_of(silence), client)) for client in clients]
     await wait_until(lambda: all(b"one" in client.body for client in clients), "all read")
     await streams.drain(2)
-    await asyncio.gather(*running)
+    ends = await asyncio.gather(*running, return_exceptions=True)
+    assert all(isinstance(end, Aborted) for end in ends)
     assert not streams.open
     for client in clients:
         assert b"retry: " in client.body
         assert not client.ended
-    late = Client(wire=Wire())
-    await respond(streams, pages_of(two), late)
+    late = Client()
+    with pytest.raises(Aborted):
+        await respond(streams, pages_of(two), late)
     assert late.body.startswith(b"retry: ")
 
 
 async def test_a_drain_cuts_off_who_does_not_leave(streams: Streams) -> None:
     said: list[str] = []
-    with streams.holding(Reader(lambda: said.append("aborted"))):
+    with streams.holding(Visitor(lambda: said.append("aborted")), "k"):
         await streams.drain(0.05)
         await streams.drain(0.05)  # asked again, it is not confused
     assert said == ["aborted", "aborted"]
@@ -264,12 +234,6 @@ class Slow(Client):
             await super().send(message)
 
 
-async def test_what_a_reader_may_hold_is_bounded(streams: Streams) -> None:
-    wire = Wire()
-    await respond(streams, pages_of(two), Client(wire=wire))
-    assert wire.bound == streams.settings.stream_backlog_bytes
-
-
 async def test_nothing_is_taken_from_the_store_while_a_reader_takes_nothing(streams: Streams) -> None:
     taken: list[int] = []
 
@@ -293,38 +257,6 @@ async def test_a_reader_that_takes_nothing_for_long_is_aborted(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sse, "STALLED_SECONDS", 0.05)
-    wire = Wire()
-    client = Slow(wire=wire)
-    await respond(streams, pages_of(two), client)
-    assert wire.said == ["abort"]
-    assert not streams.open
-
-
-async def test_a_reader_that_is_slow_but_reads_is_not_aborted(
-    streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 0.02)
-    wire = Wire()
-    client = Slow(wire=wire)
-    wire.waiting = 1_000_000
-
-    def take(_: Wire) -> int:
-        """A byte less whenever somebody looks."""
-        wire.waiting -= 1
-        if wire.waiting < 1_000_000 - 10:
-            client.taking.set()
-        return wire.waiting
-
-    monkeypatch.setattr(Wire, "unsent", take)
-    await respond(streams, pages_of(two), client)
-    assert wire.said == []
-    assert client.body == b": hello\n\none\n\ntwo\n\n"
-    assert client.ended
-
-
-async def test_a_stalled_reader_of_another_server_is_aborted_too(
-    streams: Streams, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 0.05)
     with pytest.raises(Aborted):
         await respond(streams, pages_of(two), Slow())
+    assert not streams.open

@@ -9,8 +9,8 @@ from app import events, keys
 from app.connect import Arg
 from app.errors import Conflict, Invalid, Stale, TooLarge, Unavailable
 from app.events import Submission, TextDelta, Usage
-from app.hub import Ended, Item
 from app.queues import Claimed
+from app.seam import Ended, Item
 from app.store import Store
 from app.task import Status
 from tests.waiting import wait_until

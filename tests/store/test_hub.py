@@ -11,7 +11,7 @@ import pytest
 from app import events, hub, keys
 from app.errors import NotFound
 from app.events import Entry, Submission, TextDelta
-from app.hub import Ended, Gap, Item
+from app.seam import Ended, Gap, Item
 from app.settings import Settings
 from app.store import Store, open_store
 from app.task import apply
@@ -148,6 +148,7 @@ async def test_a_trimmed_cursor_gets_the_base_and_goes_on_after_it(tmp_path: Pat
             await wait_until(ended(seen), "the end arrives")
         gap = seen[0]
         assert isinstance(gap, Gap)
+        assert gap.snapshot
         assert (gap.reason, gap.latest) == ("trimmed", 102)
         assert int(gap.snapshot.fields["last_seq"]) == gap.earliest - 1
         assert seqs(seen) == list(range(gap.earliest, 103))
@@ -187,7 +188,7 @@ async def test_deleting_a_followed_task_ends_its_stream(store: Store) -> None:
 async def test_a_reader_slower_than_the_writer_loses_nothing_and_holds_little(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub.Subscription, "BACKLOG_BYTES", 200)
+    monkeypatch.setattr(hub.Pull, "BACKLOG_BYTES", 200)
     fence = await running(store)
     seen: list[int] = []
     go_on = asyncio.Event()
@@ -198,7 +199,7 @@ async def test_a_reader_slower_than_the_writer_loses_nothing_and_holds_little(
                 seen.extend(seqs(items))
                 if 3 in seen:
                     await go_on.wait()
-                assert sum(one.entry.size for one in subscription._backlog) <= 200 + 100
+                assert subscription._bytes <= 200 + 100
 
     task = asyncio.create_task(read())
     await wait_until(lambda: seen == [1, 2], "history arrives")

@@ -14,8 +14,8 @@ import pytest
 from httpx_sse import aconnect_sse
 
 from app.events import Completed, Entry, Submission, TextDelta
-from app.hub import Ended, Item
 from app.identity import DEVELOPMENT_KEY
+from app.seam import Ended, Item
 from app.server import listen, serving, url_of
 from app.settings import Settings
 from app.store import Store

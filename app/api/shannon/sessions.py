@@ -14,8 +14,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
+from app.api.shannon.history import open_history
 from app.api.shannon.spelling import UNLISTED, WORD, clock, event_body, json_of, raw_type, usd
-from app.api.shannon.tasks import CONTROL_BYTES_MAX, OFFSET_MAX, number, open_history, read_body, reply, store_of
+from app.api.shannon.tasks import CONTROL_BYTES_MAX, OFFSET_MAX, number, read_body, reply, store_of
 from app.errors import Invalid, NotFound, TooLarge
 from app.events import Json
 from app.identity import Identity, caller

@@ -12,6 +12,7 @@ difference between the two would show.
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any, assert_never
+from urllib.parse import urlencode
 from uuid import uuid4
 
 import msgspec
@@ -20,11 +21,11 @@ from msgspec import Struct
 from app import errors, events
 from app.errors import Conflict, Invalid, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Json, Submission, Usage
-from app.hub import Ended, Gap
 from app.identity import Identity
 from app.log import canonical_hash, random_id, task_id_of
+from app.seam import Began, Ended, Gap, Reached, Selection
 from app.sse import Frame
-from app.task import STORED, Status, Task, task
+from app.task import STORED, Snapshot, Status, Task, task
 
 STATUS: Mapping[Status, str] = {
     Status.QUEUED: "TASK_STATUS_QUEUED",
@@ -208,6 +209,17 @@ def _yes(value: Any) -> bool:
     if isinstance(value, str):
         return value.strip().lower() in {"true", "1", "yes", "y"}
     return isinstance(value, (bool, int, float)) and bool(value)
+
+
+def statuses(asked: list[str]) -> list[Status]:
+    """Of one filter, or several: repeated, or with commas. The prefix that answers show is welcome. Empty: all.
+
+    Raises Invalid.
+    """
+    words = [word.strip().upper().removeprefix("TASK_STATUS_") for text in asked if text for word in text.split(",")]
+    if not ASKED.keys() >= set(words):
+        raise Invalid("Invalid status value")
+    return list(dict.fromkeys(status for word in words for status in ASKED[word]))
 
 
 def task_body(task: Task) -> Json:
@@ -510,30 +522,58 @@ def _usage(usage: Usage | None) -> Json:
 
 
 GAPS = {
-    "trimmed": "Earlier events are no longer kept; the snapshot holds their outcome.",
-    "ahead": "The cursor lies beyond the last event; the snapshot is the present state.",
-    "unknown": "The cursor was never given for this task; the snapshot is the present state.",
+    "trimmed": "Events after the cursor are no longer kept.",
+    "ahead": "The cursor lies beyond the last event.",
+    "unknown": "The cursor was never given here.",
 }
+"""What a cursor asked for and cannot get; a snapshot says what is true instead."""
 
 
-def control(item: Gap | Ended) -> Frame:
-    """`done`, the only clean end (§0.5), or our `gap`: an event of its own name, which the UI ignores and the SDK
-    delivers (§11). After a gap the stream goes on behind its snapshot, whose id it carries.
+def control(item: Gap | Began | Reached | Ended, *, epoch: str = "") -> Frame:
+    """What is no event of a task: `done`, the only clean end (§0.5), and three of ours, of names which the UI ignores
+    and the SDK delivers (§11). After `gap` and `snapshot` a stream goes on behind the state that they hold, whose id
+    they carry; on a stream of many tasks `cursor` carries it for all of them.
     """
-    if isinstance(item, Ended):
-        id_ = f"{item.last_id}.end" if item.last_id else ""
-        return Frame(event="done", data="[DONE]", id=id_, types=frozenset({"STREAM_END", "done"}))
-    known = task(item.snapshot.fields)
-    data = {
+    match item:
+        case Ended():
+            id_ = f"{item.last_id}.end" if item.last_id else ""
+            return Frame(event="done", data="[DONE]", id=id_, types=frozenset({"STREAM_END", "done"}))
+        case Reached():
+            return _control("cursor", {"log_epoch": epoch, "stream_id": item.cursor}, item.cursor)
+        case Began():
+            return _control("snapshot", _state(item.snapshot, epoch), "")
+        case Gap():
+            data: Json = {"message": GAPS[item.reason], "reason": item.reason}
+            if item.snapshot:
+                data |= {"earliest_seq": item.earliest, "latest_seq": item.latest, **_state(item.snapshot, epoch)}
+                return _control("gap", data, item.snapshot.fields["last_event_id"])
+            return _control("gap", data | {"log_epoch": epoch, "list": list_url(item.selection)}, "")
+
+
+def _control(name: str, data: Json, id_: str) -> Frame:
+    return Frame(event=name, data={"type": name, **data}, id=id_, types=frozenset({name}))
+
+
+def _state(snapshot: Snapshot, epoch: str) -> Json:
+    known = task(snapshot.fields)
+    return {
         "workflow_id": known.id,
-        "type": "gap",
-        "message": GAPS.get(item.reason, ""),
-        "reason": item.reason,
-        "earliest_seq": item.earliest,
-        "latest_seq": item.latest,
-        "snapshot": {**task_body(known), "texts": item.snapshot.texts},
+        "seq": known.last_seq,
+        "log_epoch": epoch,
+        "snapshot": {**task_body(known), "texts": snapshot.texts},
     }
-    return Frame(event="gap", data=data, id=known.last_event_id, types=frozenset({"gap"}))
+
+
+def list_url(selection: Selection | None) -> str | None:
+    """The list of what a stream of many follows; its answer has the cursor to begin again from. None: a stream of
+    named tasks, which is told the state of each.
+    """
+    if selection is None or selection.tasks:
+        return None
+    words = dict.fromkeys(WORD[status] for status in sorted(selection.statuses))
+    query = {"session_id": selection.session, "agent_id": selection.agent, "status": ",".join(words)}
+    asked = urlencode({name: value for name, value in query.items() if value})
+    return f"/api/v1/tasks?{asked}" if asked else "/api/v1/tasks"
 
 
 # Errors
@@ -548,6 +588,9 @@ def error_body(error: TaskcastError) -> tuple[int, Json]:
             return 400, {"error": str(error)}
         case errors.Unauthorized():
             return 401, {"error": "Unauthorized"}
+        case errors.Gone():
+            numbers = {"earliest_seq": error.earliest, "latest_seq": error.latest} if error.latest else {}
+            return 410, {"error": GAPS.get(error.reason, str(error)), "reason": error.reason, **numbers}
         case errors.NotFound():
             return 404, {"error": str(error) or "Task not found"}
         case errors.Conflict():

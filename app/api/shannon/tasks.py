@@ -7,7 +7,7 @@ the SDK answers `False` to that and raises on everything else (§1.8).
 """
 
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -18,8 +18,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
+from app.api.shannon.history import LATER, History, changed, cursor, fails_on_gap, open_history, wait_seconds
 from app.api.shannon.spelling import (
-    ASKED,
     STATUS,
     SUBMISSION_BYTES_MAX,
     UNLISTED,
@@ -28,16 +28,17 @@ from app.api.shannon.spelling import (
     json_of,
     raw_type,
     refused,
+    statuses,
     submission,
     task_body,
     task_item,
     too_large,
 )
-from app.api.shannon.streams import parse_cursor
 from app.errors import Conflict, Invalid, NotFound
-from app.events import AnyEvent, Entry, Json
+from app.events import AnyEvent, Json
 from app.identity import Identity, caller
-from app.log import CURSOR, PAGE_ENTRIES, Page, random_id, task_id_of
+from app.log import PAGE_ENTRIES, random_id, task_id_of
+from app.seam import cursor_of
 from app.store import Store
 from app.task import Status, Task
 
@@ -185,115 +186,91 @@ async def own_task(request: Request) -> Task:
 
 
 async def get(request: Request) -> Response:
-    """The state, with the cursor from which its stream goes on; 304 for a poller that has this state already."""
-    task = await task_of(request)
-    tag = f'"{task.last_event_id}"'
-    headers = {"X-Workflow-ID": task.id, "ETag": tag, "Cache-Control": "no-cache"}
+    """The state, with the cursor from which its stream goes on; 304 for a poller that has this state already.
+
+    With `wait` such a poller is answered as soon as the state changes; of a task that has ended, at once.
+    """
+    task, seconds, store = await task_of(request), wait_seconds(request), store_of(request)
     known = {each.strip().removeprefix("W/") for each in request.headers.get("if-none-match", "").split(",")}
-    return Response(status_code=304, headers=headers) if known & {tag, "*"} else reply(task_body(task), 200, headers)
+    seen = task.last_event_id if known & {f'"{task.last_event_id}"', "*"} else ""
+    headers = {"X-Workflow-ID": task.id, "Cache-Control": "no-cache"}
+    if seen and seconds and not task.terminal:
+        if not await changed(request, task.id, seen, seconds):
+            headers |= LATER
+        task = await task_of(request)
+    headers["ETag"] = f'"{task.last_event_id}"'
+    if task.last_event_id == seen:
+        return Response(status_code=304, headers=headers)
+    return reply(task_body(task) | {"log_epoch": store.partitions.epoch}, 200, headers)
 
 
 async def list_tasks(request: Request) -> Response:
-    """The organisation's tasks of this owner or of nobody, newest first; ties by id, so that pages are stable (§1.5)."""
+    """The organisation's tasks of this owner or of nobody, newest first; ties by id, so that pages are stable (§1.5).
+
+    `last_event_id` is where a stream of the same tasks goes on from this page.
+    """
     who = caller(request)
     limit = number(request, "limit", 20, least=1, most=100)
     offset = number(request, "offset", 0)
     session = request.query_params.get("session_id", "")
     if session and not events.ID.fullmatch(session):
         raise Invalid("Invalid session_id format")
-    statuses = _statuses(request.query_params.getlist("status"))
+    states = statuses(request.query_params.getlist("status"))
     sources: list[tuple[str, ...]] = []
     for owner in dict.fromkeys(("", who.user)):
         place = ("session", f"{owner}:{session}") if session else ("owner", owner)
-        sources += [("status", status.value, *place) for status in statuses] or [place]
-    found = await store_of(request).list(who.org, sources, offset=offset, limit=limit)
+        sources += [("status", status.value, *place) for status in states] or [place]
+    store = store_of(request)
+    ends = await store.hub.ends()  # before the list: a stream from there on misses nothing that it shows
+    agent = request.query_params.get("agent_id", "")
+    where = {"agent": [agent]} if agent else None
+    found = await store.list(who.org, sources, where=where, offset=offset, limit=limit)
     headers = {"X-Total-Capped": "true"} if found.capped else {}
-    return reply({"tasks": [task_item(task) for task in found.tasks], "total_count": found.total}, 200, headers)
-
-
-def _statuses(asked: list[str]) -> list[Status]:
-    """Of one filter, or several: repeated, or with commas. The prefix that answers show is welcome. Empty: all."""
-    words = [word.strip().upper().removeprefix("TASK_STATUS_") for text in asked if text for word in text.split(",")]
-    if not ASKED.keys() >= set(words):
-        raise Invalid("Invalid status value")
-    return list(dict.fromkeys(status for word in words for status in ASKED[word]))
+    body = {"tasks": [task_item(task) for task in found.tasks], "total_count": found.total}
+    return reply(body | {"last_event_id": cursor_of(ends)}, 200, headers)
 
 
 async def task_events(request: Request) -> Response:
-    """Without `after`, what upstream keeps: no deltas, no prompts (§1.6, §3). With it, every event after that cursor.
+    """Without `after` and `wait`, what upstream keeps: no deltas, no prompts (§1.6, §3). With either, every event after
+    that cursor; while there is none, and may still be one, it waits.
 
-    What is no longer kept, or a cursor from elsewhere, is said: `gap`. After `ahead` and `unknown` go on from the
-    task's own `last_event_id`.
+    What is no longer kept, or a cursor from elsewhere, is said: `gap`; with `on_gap=fail` it is 410. `last_event_id` is
+    the cursor to ask with next, here or in a stream; `ended` says that nothing more is to come.
     """
     who, id_, store = caller(request), task_id(request), store_of(request)
     limit = number(request, "limit", 50, least=1, most=200)
     offset = number(request, "offset", 0)
-    after = request.query_params.get("after")
-    wanted = limit + offset
-    history = await open_history(
-        store, who.org, id_, cursor(after or ""), page=PAGE_ENTRIES if after is None else min(wanted, PAGE_ENTRIES)
-    )
+    seconds, strict = wait_seconds(request), fails_on_gap(request)
+    text = request.query_params.get("after")
+    after, every = cursor(text or "", store, who.org, id_), text is not None or seconds is not None
+    page = min(limit + offset, PAGE_ENTRIES) if every else PAGE_ENTRIES
+
+    async def read() -> Json:
+        history = await open_history(store, who.org, id_, after, page=page, strict=strict)
+        return await _told(history, every=every, limit=limit, offset=offset)
+
+    body, headers = await read(), {"Cache-Control": "no-cache"}
+    if seconds and not (body["events"] or body["ended"] or "gap" in body):
+        if not await changed(request, id_, body["last_event_id"], seconds):
+            headers |= LATER
+        body = await read()
+    return reply(body, 200, headers)
+
+
+async def _told(history: History, *, every: bool, limit: int, offset: int) -> Json:
     bodies: list[Json] = []
-    seen = 0
+    seen, place = 0, ""
     async for entry in history.entries:
-        if after is None and raw_type(entry.event) in UNLISTED:
+        if not every and raw_type(entry.event) in UNLISTED:
             continue
-        seen += 1
+        seen, place = seen + 1, entry.id
         if seen > offset:
             bodies += event_body(entry)
-        if seen == wanted:
+        if seen == limit + offset:
             break
-    body: Json = {"events": bodies, "count": len(bodies)}
-    if history.gap:
-        body["gap"] = history.gap
-    return reply(body)
-
-
-def cursor(text: str) -> str:
-    """A client's cursor, as streams take it, in the store's words. Raises Invalid."""
-    found = parse_cursor(text)
-    if found is None or not CURSOR.fullmatch(found.after):
-        raise Invalid("Invalid after parameter")
-    return found.after
-
-
-class History(Struct, frozen=True):
-    entries: AsyncIterator[Entry]
-    gap: Json | None = None
-    """What the cursor asked for and cannot get; the entries begin behind it."""
-
-
-async def open_history(store: Store, org: str, id_: str, after: str = "", *, page: int = PAGE_ENTRIES) -> History:
-    """A task's retained events after a cursor, read page by page: what is held at a time is bounded, and the whole by
-    the stream's own bound (10,000 events, 16 MiB). Raises NotFound.
-    """
-    first = await store.events(org, id_, after, limit=page, check=bool(after))
-    if first is None:
-        raise NotFound("Task not found")
-    gap: Json | None = None
-    if first.gap:
-        gap = {
-            "reason": first.gap,
-            "earliest_seq": first.base_seq + 1,
-            "latest_seq": first.last_seq,
-            "last_event_id": first.last_id,
-        }
-    return History(_entries(store, org, id_, first, page), gap)
-
-
-async def _entries(store: Store, org: str, id_: str, page: Page | None, limit: int) -> AsyncIterator[Entry]:
-    seq = 0
-    while page:
-        if page.gap == "trimmed":
-            # Of a task so busy that its stream is cut while we read it, the numbers show the hole.
-            page = await store.events(org, id_, f"seq:{max(page.base_seq, seq)}", limit=limit)
-            continue
-        for entry in page.entries:
-            yield entry
-        if not page.entries or page.entries[-1].seq >= page.last_seq:
-            return
-        seq = page.entries[-1].seq
-        page = await store.events(org, id_, page.entries[-1].id, limit=limit)
+    place = place or history.end
+    body: Json = {"events": bodies, "count": len(bodies), "last_event_id": place, "ended": history.over(place)}
+    return body | {"gap": history.gap} if history.gap else body
 
 
 STEPS = frozenset({"TOOL_INVOKED", "AGENT_STARTED", "AGENT_THINKING", "PROGRESS"})

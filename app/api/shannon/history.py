@@ -1,0 +1,177 @@
+"""A task's history over HTTP: read page by page after a client's cursor, and waited for.
+
+A request that waits is bounded as a stream is: it holds a place among the open streams, follows its task as they do,
+and goes when the server drains, when its client has left, and when its time is over. Who may not wait, or not so long,
+is answered with what there is, and told to come back.
+
+What this file must never do is poll.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+
+from starlette.requests import ClientDisconnect, Request
+
+from app import metrics
+from app.api.shannon.streams import of_task, parse_cursor
+from app.errors import Gone, Invalid, NotFound
+from app.events import Entry, Json
+from app.identity import caller
+from app.log import PAGE_ENTRIES, Page
+from app.seam import max_id, order
+from app.sse import Streams, Visitor
+from app.store import Store
+from app.task import TERMINAL
+
+WAIT_SECONDS_MAX = 60.0
+"""The usual proxies give up on a silent answer after as long: who sits behind one asks for less."""
+LATER = {"Retry-After": "1"}
+"""Of an answer that came before its time."""
+_SECONDS = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,2})?")
+
+
+# What a request asks for
+
+
+def cursor(text: str, store: Store, org: str, task: str) -> str:
+    """A client's cursor, from whatever stream, in the store's words. Raises Invalid."""
+    found = parse_cursor(text)
+    if found is None:
+        raise Invalid("Invalid after parameter")
+    return of_task(found, store, org, task).after
+
+
+def fails_on_gap(request: Request) -> bool:
+    """As streams take it. Raises Invalid."""
+    text = request.query_params.get("on_gap", "")
+    if text not in {"", "fail"}:
+        raise Invalid("Invalid on_gap (allowed: fail)")
+    return text == "fail"
+
+
+def wait_seconds(request: Request) -> float | None:
+    """None: it says nothing of waiting. Raises Invalid."""
+    text = request.query_params.get("wait", "")
+    if not text:
+        return None
+    if not _SECONDS.fullmatch(text) or float(text) > WAIT_SECONDS_MAX:
+        raise Invalid("Invalid wait parameter")
+    return float(text)
+
+
+# Reading
+
+
+class History:
+    """A task's retained events after a cursor, read page by page: what is held at a time is bounded, and the whole by
+    the stream's own bound (10,000 events, 16 MiB).
+    """
+
+    def __init__(self, store: Store, org: str, task: str, after: str, first: Page, limit: int) -> None:
+        self._store, self._org, self._task, self._after, self._limit = store, org, task, after, limit
+        self._page = first
+        """The latest: its bounds say where the history ends."""
+        self.gap: Json | None = None
+        """What the cursor asked for and cannot get; the entries begin behind it."""
+        if first.gap:
+            self.gap = {
+                "reason": first.gap,
+                "earliest_seq": first.base_seq + 1,
+                "latest_seq": first.last_seq,
+                "last_event_id": first.last_id,
+            }
+
+    @property
+    def entries(self) -> AsyncIterator[Entry]:
+        return self._entries()
+
+    async def _entries(self) -> AsyncIterator[Entry]:
+        page: Page | None = self._page
+        seq = 0
+        while page:
+            self._page = page
+            if page.gap == "trimmed":
+                # Of a task so busy that its stream is cut while we read it, the numbers show the hole.
+                page = await self._read(f"seq:{max(page.base_seq, seq)}")
+                continue
+            for entry in page.entries:
+                yield entry
+            if not page.entries or page.entries[-1].seq >= page.last_seq:
+                return
+            seq = page.entries[-1].seq
+            page = await self._read(page.entries[-1].id)
+
+    async def _read(self, after: str) -> Page | None:
+        return await self._store.events(self._org, self._task, after, limit=self._limit)
+
+    @property
+    def end(self) -> str:
+        """The cursor of a reader for whom there was no entry: its own, which may be another task's later place, or the
+        last entry's, behind which a gap and a number go on.
+        """
+        return self._page.last_id if self.gap else max_id(self._after, self._page.last_id)
+
+    def over(self, place: str) -> bool:
+        """Nothing follows that cursor: the last entry is terminal, and not behind it."""
+        return self._page.status in TERMINAL and order(place) >= order(self._page.last_id)
+
+
+async def open_history(
+    store: Store, org: str, task: str, after: str = "", *, page: int = PAGE_ENTRIES, strict: bool = False
+) -> History:
+    """`strict`: a gap is an error, Gone. Raises NotFound, Gone."""
+    first = await store.events(org, task, after, limit=page, check=bool(after))
+    if first is None:
+        raise NotFound("Task not found")
+    if first.gap and strict:
+        raise Gone(first.gap, first.base_seq + 1, first.last_seq)
+    return History(store, org, task, after, first, page)
+
+
+# Waiting
+
+
+async def changed(request: Request, task: str, after: str, seconds: float) -> bool:
+    """Returns when a task has an entry after that cursor or is deleted, or when the time is over.
+
+    False: it may not wait, or not so long. Raises NotFound, Unavailable, TooLarge, ClientDisconnect.
+    """
+    who, store = caller(request), request.app.state.store
+    streams: Streams = request.app.state.streams
+    refusal = streams.refusal(who.key)
+    if refusal:
+        metrics.STREAMS_ABORTED.labels(refusal).inc()
+        return False
+    visitor = Visitor(lambda: None)
+    with streams.holding(visitor, who.key):
+        following = asyncio.create_task(_change(store, who.org, task, after), name="wait")
+        hearing = asyncio.create_task(_hear(request), name="hear")
+        try:
+            await asyncio.wait(
+                (following, hearing, visitor.leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+            if following.done():
+                following.result()
+            elif hearing.done():
+                hearing.result()
+                raise ClientDisconnect
+        finally:
+            following.cancel()
+            hearing.cancel()
+            await asyncio.gather(following, hearing, return_exceptions=True)
+    if visitor.leaving.done():
+        metrics.STREAMS_ABORTED.labels("draining").inc()
+    return not visitor.leaving.done()
+
+
+async def _change(store: Store, org: str, task: str, after: str) -> None:
+    async with store.follow(org, task, after) as pull:
+        async for _ in pull:
+            return
+
+
+async def _hear(request: Request) -> None:
+    """Throws away what the client says (it is bounded below), and returns when it leaves."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
