@@ -37,7 +37,7 @@ Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,64}\Z")]
 """Organisations and owners. No colon and no slash: these part the pieces of a key and of a queue's member."""
 
 
-class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type"):
+class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", gc=False):
     actor: str = ""
     """Who said it: `user:<id>`, `worker:<id>`, or `taskcast` itself."""
     message: str = ""
@@ -322,7 +322,7 @@ def decode(raw: bytes) -> AnyEvent:
         raise Invalid(f"Not an event: {error}") from error
 
 
-class Entry(Struct, frozen=True, kw_only=True):
+class Entry(Struct, frozen=True, kw_only=True, gc=False):
     """An event at its place in the log."""
 
     id: str

@@ -16,7 +16,7 @@ from typing import Protocol
 import structlog
 from msgspec.structs import fields
 
-from app.connect import Door, in_our_words
+from app.connect import Door
 from app.errors import TaskcastError, Unavailable
 from app.log import Log, Logged, Partitions
 from app.seam import (
@@ -105,23 +105,22 @@ class Tail:
 
     async def _run(self) -> None:
         """Never ends by itself: a store that is away is asked again."""
+        this = asyncio.current_task()
+        assert this
         last: tuple[str, int] | None = None
-        while True:
+        # Python 3.11's `wait_for`, under which redis-py connects, may lose a cancel that comes as it succeeds.
+        while not this.cancelling():
             try:
-                async with self._door.blocking() as redis:
+                async with self._door.blocking() as line:
                     if last is None:
                         last = await self._log.end(self._tag)
                         self._placed.set()
                     else:
                         # The connection broke: the log may have lost entries that it had given us.
                         self._replay_all()
-                    while True:
-                        try:
-                            found = await self._log.tail(redis, self._tag, last[0])
-                        except Exception as error:
-                            raise in_our_words(error) from error
+                    while not this.cancelling():
                         offered = 0
-                        for one in found:
+                        for one in await self._log.tail(line, self._tag, last[0]):
                             if one.number != last[1] + 1:
                                 logger.warning("tail.hole", partition=self._tag, after=last[1], got=one.number)
                                 self._replay_all()

@@ -14,7 +14,7 @@ from msgspec import Struct
 DEPLOYMENT = "tc:deployment"
 """Hash: format, partitions, tags, epoch, secret. Made once, before everything else."""
 
-FORMAT = "1"
+FORMAT = "2"
 """Of the data; another one is refused at start."""
 
 

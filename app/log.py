@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from app import events, keys
-from app.connect import BLOCK_SECONDS, Arg, Door
+from app.connect import BLOCK_SECONDS, Arg, Door, Line
 from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
@@ -206,21 +206,25 @@ class Log:
         last = await self.door.read("XREVRANGE", keys.key(tag, "log"), "+", "-", "COUNT", 1)
         if not last:
             return "0-0", 0
-        id_, fields = _pair(last[0])
-        return id_.decode(), int(fields[b"n"])
+        found = Logged(*last[0])
+        return found.id, found.number
 
-    async def tail(self, redis: Any, tag: str, after: str) -> "list[Logged]":
+    async def tail(self, line: Line, tag: str, after: str) -> "list[Logged]":
         """What a partition's log got after `after`, a concrete id: `$` would mean another place each time.
 
         Waits up to BLOCK_SECONDS on the given connection.
         """
         name = keys.key(tag, "log")
         block = int(BLOCK_SECONDS * 1000)
-        raw = await redis.execute_command("XREAD", "COUNT", 500, "BLOCK", block, "STREAMS", name, after)
-        if not raw:
-            return []
-        streams = raw.values() if isinstance(raw, dict) else [stream[1] for stream in raw]
-        return [Logged(*_pair(item)) for stream in streams for item in stream]
+        raw = await line.ask("XREAD", "COUNT", 500, "BLOCK", block, "STREAMS", name, after)
+        return [Logged(*item) for _, entries in raw or () for item in entries]
+
+    async def entries(self, tag: str, after: str) -> "list[Logged]":
+        """The next page of a partition's log, of all organisations."""
+        return [
+            Logged(*item)
+            for item in await self.door.read("XRANGE", keys.key(tag, "log"), f"({after}", "+", "COUNT", 500)
+        ]
 
     async def replay(self, tag: str, org: str, after: str, *, limit: int, check: bool = False) -> "LogPage":
         """An organisation's entries of a partition's log, after an id; looks at most at `limit`, and about 1 MiB.
@@ -236,7 +240,7 @@ class Log:
             after=raw[1].decode(),
             number=int(raw[2]),
             scanned=int(raw[3]),
-            entries=[Logged(*_pair(item)) for item in raw[4]],
+            entries=[Logged(*item) for item in raw[4]],
         )
 
 
@@ -253,58 +257,66 @@ class Page(Struct, frozen=True, kw_only=True):
     entries: list[Entry]
 
 
+class Head(Struct, frozen=True, array_like=True, gc=False):
+    """As `lua/commit.lua` writes it."""
+
+    number: int
+    """The partition's dense counter."""
+    org: str
+    task: str
+    owner: str
+    user: str
+    agent: str
+    session: str
+    before: Status
+    after: Status
+    seq: int
+    seconds: int
+    micros: int
+    """The store's time."""
+    type: str
+    fence: int
+    attempt: int
+    n: int
+
+
+_head = msgspec.json.Decoder(Head).decode
+
+
 class Logged:
     """An entry of a partition's log: the header tells who may want it, before anybody parses the event."""
 
-    __slots__ = ("_entry", "_fields", "ends", "gone", "id", "number", "org", "seq", "spelled", "task")
+    __slots__ = ("_entry", "_event", "ends", "gone", "head", "id", "number", "org", "seq", "spelled", "task")
 
-    def __init__(self, id_: bytes, fields: dict[bytes, bytes]) -> None:
+    def __init__(self, id_: bytes, fields: Sequence[bytes]) -> None:
+        _, head, _, self._event = fields
         self.id = id_.decode()
-        self.number = int(fields[b"n"])
-        """The partition's dense counter."""
-        self.org = fields[b"org"].decode()
-        self.task = fields[b"task"].decode()
-        self.seq = int(fields[b"seq"])
-        after = fields[b"after"]
-        self.gone = after == b"gone"
+        self.head = told = _head(head)
+        self.number, self.org, self.task, self.seq = told.number, told.org, told.task, told.seq
+        self.gone = told.after is Status.GONE
         """The task was deleted."""
-        self.ends = after in _TERMINAL
+        self.ends = told.after in TERMINAL
         """The task is over, with this entry or before it."""
         self.spelled: dict[Any, tuple[bytes, int]] = {}
-        """What its readers get, by how they want it: made once for all of them."""
-        self._fields = fields
+        """What its readers get, by how they want it, and how many frames that is: made once for all of them."""
         self._entry: Entry | None = None
-
-    @property
-    def owner(self) -> str:
-        return self._fields[b"owner"].decode()
-
-    @property
-    def agent(self) -> str:
-        return self._fields[b"agent"].decode()
-
-    @property
-    def session(self) -> str:
-        return self._fields[b"session"].decode()
-
-    @property
-    def before(self) -> Status:
-        return Status(self._fields[b"before"].decode())
-
-    @property
-    def after(self) -> Status:
-        return Status(self._fields[b"after"].decode())
 
     @property
     def entry(self) -> Entry:
         if self._entry is None:
-            seconds, micros = self._fields[b"us"].split()
-            at = max(int(seconds) * 1_000_000 + int(micros), int(self.id.partition("-")[0]) * 1000)
-            self._entry = _entry(self.task, self.id, at, self._fields)
+            head = self.head
+            self._entry = Entry(
+                id=self.id,
+                task=self.task,
+                seq=self.seq,
+                at=max(head.seconds * 1_000_000 + head.micros, int(self.id.partition("-")[0]) * 1000),
+                fence=head.fence,
+                attempt=head.attempt,
+                n=head.n,
+                event=events.decode(self._event),
+                size=len(self._event),
+            )
         return self._entry
-
-
-_TERMINAL = frozenset(status.value.encode() for status in TERMINAL)
 
 
 class LogPage(Struct, frozen=True, kw_only=True):
@@ -317,34 +329,23 @@ class LogPage(Struct, frozen=True, kw_only=True):
     """Id and counter of the last entry that was looked at; if there was none, of the cursor."""
     scanned: int
     entries: list[Logged]
-    """Those of the organisation, without those of tasks that were deleted since."""
-
-
-def _pair(item: Any) -> tuple[bytes, dict[bytes, bytes]]:
-    id_, fields = item
-    if not isinstance(fields, dict):
-        fields = dict(zip(fields[::2], fields[1::2], strict=True))
-    return id_, fields
+    """Those of the organisation; of tasks that were deleted since, only the deletion."""
 
 
 def entry(task: str, id_: bytes, raw: Sequence[bytes]) -> Entry:
     """An entry of a task's own stream."""
     fields = dict(zip(raw[::2], raw[1::2], strict=True))
-    return _entry(task, id_.decode(), int(fields[b"at"]), fields)
-
-
-def _entry(task: str, id_: str, at: int, fields: Mapping[bytes, bytes]) -> Entry:
-    raw = fields[b"event"]
+    event = fields[b"event"]
     return Entry(
-        id=id_,
+        id=id_.decode(),
         task=task,
         seq=int(fields[b"seq"]),
-        at=at,
+        at=int(fields[b"at"]),
         fence=int(fields[b"fence"]),
         attempt=int(fields[b"attempt"]),
         n=int(fields[b"worker-n"] or 0),
-        event=events.decode(raw),
-        size=len(raw),
+        event=events.decode(event),
+        size=len(event),
     )
 
 

@@ -4,6 +4,7 @@ Names follow Prometheus' rules: units last, counters end in `_total`. Whoever do
 knows better than a process (queues, leases, the log) is read when somebody scrapes (`ops.py`).
 """
 
+import collections
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -12,9 +13,6 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from app import events, keys
 from app.task import TERMINAL, Status
-
-PAGE_ENTRIES = 500
-"""Of the log, read at once."""
 
 # What happens to tasks, as the log tells it from the start of the API on: all tasks, whoever moved them.
 TASKS_SUBMITTED = Counter("taskcast_tasks_submitted", "Tasks that were accepted, new turns included.")
@@ -67,27 +65,16 @@ TASKS = Gauge(
 )
 
 
-async def entries(read: Callable[..., Awaitable[Any]], tag: str, after: str) -> list[tuple[str, dict[bytes, bytes]]]:
-    """The next page of a partition's log, as it is stored."""
-    page = await read("XRANGE", keys.key(tag, "log"), f"({after}", "+", "COUNT", PAGE_ENTRIES)
-    return [
-        (id_.decode(), fields if isinstance(fields, dict) else dict(zip(fields[::2], fields[1::2], strict=True)))
-        for id_, fields in page
-    ]
-
-
-def count(fields: dict[bytes, bytes]) -> str:
-    """Counts an entry. Returns the queue of a new task."""
-    kind, before, after = (fields[name].decode() for name in (b"type", b"before", b"after"))
-    EVENTS.labels(kind).inc()
-    if kind in {events.tag(events.Submitted), events.tag(events.Continued)}:
-        TASKS_SUBMITTED.inc()
-    if kind == events.tag(events.Started):
-        CLAIMS.inc()
-    if Status(after) in TERMINAL and Status(before) not in TERMINAL:
-        TASKS_ENDED.labels(after).inc()
-    event = events.decode(fields[b"event"]) if before == Status.NEW else None
-    return event.task.queue if isinstance(event, events.Submitted) else ""
+def count(moves: Iterable[tuple[str, Status, Status]]) -> None:
+    """Counts entries, of which each is its kind, and the status before and after. Many at once: a counter is slow."""
+    for (kind, before, after), number in collections.Counter(moves).items():
+        EVENTS.labels(kind).inc(number)
+        if kind in {events.tag(events.Submitted), events.tag(events.Continued)}:
+            TASKS_SUBMITTED.inc(number)
+        if kind == events.tag(events.Started):
+            CLAIMS.inc(number)
+        if after in TERMINAL and before not in TERMINAL:
+            TASKS_ENDED.labels(after.value).inc(number)
 
 
 async def measure(read: Callable[..., Awaitable[Any]], tags: Iterable[str], queues: Iterable[str]) -> None:

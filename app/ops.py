@@ -23,9 +23,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from app import __version__, metrics
+from app import __version__, events, metrics
 from app.errors import TaskcastError, Unavailable
 from app.store import Store
+from app.task import Status
 
 logger = structlog.get_logger()
 
@@ -143,18 +144,17 @@ class Watch:
                 await self._count_all(keep)
 
     async def _count_all(self, keep: Callable[[], None]) -> None:
-        counted, read = self._counted, self._store.door.read
+        counted, log = self._counted, self._store.log
         for tag in self._store.partitions.tags:
             if tag not in counted.until:
-                counted.until[tag], _ = await self._store.log.end(tag)
-            while page := await metrics.entries(read, tag, counted.until[tag]):
-                try:
-                    for counted.until[tag], fields in page:
-                        queue = metrics.count(fields)
-                        if queue and len(counted.queues) < QUEUES_MAX:
-                            counted.queues.add(queue)
-                finally:  # an entry that cannot be read is passed by
-                    keep()
+                counted.until[tag], _ = await log.end(tag)
+            while page := await log.entries(tag, counted.until[tag]):
+                counted.until[tag] = page[-1].id
+                metrics.count((one.head.type, one.head.before, one.head.after) for one in page)
+                made = (one.entry.event for one in page if one.head.before is Status.NEW)
+                queues = {event.task.queue for event in made if isinstance(event, events.Submitted)}
+                counted.queues |= {*sorted(queues)[: QUEUES_MAX - len(counted.queues)]}
+                keep()
 
 
 @asynccontextmanager

@@ -16,7 +16,7 @@ import structlog
 from msgspec import Struct
 
 from app import events, keys
-from app.connect import Arg, Door, in_our_words
+from app.connect import Arg, Door
 from app.errors import Conflict, NotFound, Unavailable
 from app.log import Log, Partitions, limits
 from app.settings import Settings
@@ -95,9 +95,9 @@ class Queues:
         pending: dict[int, asyncio.Future[Any]] = {}
         async with AsyncExitStack() as stack:
             for tag in self.partitions.tags:
-                redis = await stack.enter_async_context(self.door.blocking())
+                line = await stack.enter_async_context(self.door.blocking())
                 names = [keys.key(tag, "wake", queue) for queue in queues]
-                pops.append(partial(redis.execute_command, "BLPOP", *names, SWEEP_SECONDS))
+                pops.append(partial(line.ask, "BLPOP", *names, SWEEP_SECONDS))
 
             async def wait() -> None:
                 for i, pop in enumerate(pops):
@@ -109,7 +109,7 @@ class Queues:
                     if one.done():
                         del pending[i]
                         if error := one.exception():
-                            raise in_our_words(error) from error
+                            raise error
 
             try:
                 yield wait

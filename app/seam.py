@@ -215,6 +215,7 @@ class TaskReader(Place):
     def rewind(self, mark: "Mark") -> None:
         """Back to where it was: what it gave since was not kept."""
         ((self.number, self.after),) = mark
+        self.ended = False
         self.fall_behind()
 
     def want(self) -> Want | None:
@@ -286,7 +287,8 @@ class TaskReader(Place):
         self.after, self.number = snapshot.fields["last_event_id"], int(snapshot.fields["last_seq"])
         if gap is None:
             return [Began(snapshot=snapshot)]
-        return [Gap(reason=gap.gap, earliest=gap.base_seq + 1, latest=gap.last_seq, snapshot=snapshot)]
+        latest = max(gap.last_seq, self.number)  # the snapshot was read after the page
+        return [Gap(reason=gap.gap, earliest=gap.base_seq + 1, latest=latest, snapshot=snapshot)]
 
     def _end(self, last_id: str, seq: int) -> list[Item]:
         self.ended = True
@@ -328,10 +330,10 @@ class Selection(Struct, frozen=True, kw_only=True):
             one.org == self.org
             and not one.gone
             and (not self.tasks or one.task in self.tasks)
-            and (not self.owners or one.owner in self.owners)
-            and (not self.session or one.session == self.session)
-            and (not self.agent or one.agent == self.agent)
-            and (not self.statuses or one.before in self.statuses or one.after in self.statuses)
+            and (not self.owners or one.head.owner in self.owners)
+            and (not self.session or one.head.session == self.session)
+            and (not self.agent or one.head.agent == self.agent)
+            and (not self.statuses or one.head.before in self.statuses or one.head.after in self.statuses)
         )
 
     @property
@@ -420,8 +422,8 @@ class ManyReader:
             want = self.want()
             assert want is not None
             items += self.arrived(await fetch(want))
-        for strand in self.strands:
-            strand.fall_behind()
+            for strand in self.strands:
+                strand.fall_behind()  # nobody takes yet what is live
         return items
 
     def mark(self) -> "Mark":
@@ -429,6 +431,7 @@ class ManyReader:
 
     def rewind(self, mark: "Mark") -> None:
         """Back to where it was: what it gave since was not kept."""
+        self.ended = False
         for strand, (number, after) in zip(self.strands, mark, strict=True):
             strand.number, strand.after = number, after
             strand.fall_behind()
@@ -512,8 +515,12 @@ class ManyReader:
 
     def _items(self, one: Logged) -> list[Item]:
         """The entry, if it matches and is not in a snapshot that was given."""
+        if one.org != self.selection.org:
+            return []
         if one.task in self.selection.tasks:
             (self._open.discard if one.ends or one.gone else self._open.add)(one.task)
+        if one.gone:
+            self._known.pop(one.task, None)  # what follows under this id is another task
         if not self.selection.matches(one) or one.seq <= self._known.get(one.task, 0):
             return []
         self.told = self.cursor

@@ -9,6 +9,7 @@ What this file must never do is log a query string: it may hold a key.
 
 import asyncio
 import errno
+import gc
 import logging
 import re
 import signal
@@ -288,6 +289,10 @@ async def serve(settings: Settings, *, sock: socket.socket | None = None, ready:
         else:
             main.cancel()  # while the store opens: its context still closes it
 
+    # What a request makes is gone with it, and what stays, stays long: looking for cycles among all streams after
+    # each 700 new objects took a tenth of the CPU (measured).
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
     with sock, _signals(stop):
         async with open_store(settings) as store, serving(store, settings, sock) as server:
             logger.info(

@@ -33,6 +33,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Protocol
 
+import msgspec
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
@@ -76,7 +77,7 @@ Pages = Callable[[], AbstractAsyncContextManager[AsyncIterator[bytes]]]
 """Opens what a stream sends. Raises before the first byte what the request deserves (NotFound)."""
 
 
-class Frame(Struct, frozen=True):
+class Frame(Struct, frozen=True, gc=False):
     """One SSE event, as a dialect spells it."""
 
     event: str
@@ -90,9 +91,11 @@ class Frame(Struct, frozen=True):
 def encode(frame: Frame) -> bytes:
     """ASCII: httpx splits lines on U+0085 and U+2028 too, and would tear a frame there (tried)."""
     data = frame.data
-    text = data if isinstance(data, str) else json.dumps(data, separators=(",", ":"), allow_nan=False)
-    head = f"id: {frame.id}\n" if frame.id else ""
-    return f"{head}event: {frame.event}\ndata: {text}\n\n".encode()
+    text = data.encode() if isinstance(data, str) else msgspec.json.encode(data)
+    if not (text.isascii() or isinstance(data, str)):  # ten times slower
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    head = b"id: %b\n" % frame.id.encode() if frame.id else b""
+    return b"%bevent: %b\ndata: %b\n\n" % (head, frame.event.encode(), text)
 
 
 class Spelling:
@@ -111,8 +114,8 @@ class Spelling:
 
     def live(self, one: Logged) -> tuple[bytes, int]:
         """Of an entry whose cursor is its id, chunked, and how many frames that is; empty: the filter leaves nothing."""
-        body = self.body([one.entry])
-        one.spelled[self] = spelled = (self.chunk(body) if body else b"", frames_in(body))
+        frames = [encode(frame) for frame in self._frames(one.entry) if not self._types or self._types & frame.types]
+        one.spelled[self] = spelled = (self.chunk(b"".join(frames)) if frames else b"", len(frames))
         return spelled
 
     def body(self, items: Sequence[Item]) -> bytes:

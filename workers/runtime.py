@@ -339,12 +339,12 @@ class Worker:
     def _hear(self, one: Logged) -> None:
         """An entry of the partition's log; most are not about a task of ours."""
         attempt = self._held.get((one.org, one.task))
-        if attempt is None or one.entry.fence < attempt.claimed.fence or one.entry.n:
+        if attempt is None or one.head.fence < attempt.claimed.fence or one.head.n:
             return
-        if one.entry.fence > attempt.claimed.fence:
+        if one.head.fence > attempt.claimed.fence:
             attempt.lose(TAKEN)
-        elif one.before is not one.after:
-            attempt.hear(one.after, one.entry.seq)
+        elif one.head.before is not one.head.after:
+            attempt.hear(one.head.after, one.seq)
 
     async def _renew(self) -> None:
         """Keeps all leases, in one call per third of a lease. Never ends by itself: whatever fails, it asks again."""

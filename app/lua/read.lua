@@ -52,9 +52,8 @@ elseif after ~= '' then
   if before(task[3], after) then
     -- The place of another task's entry, from a stream of both, is later than this one's last: nothing is missing.
     local other = redis.call('XRANGE', KEYS[4], after, after)[1]
-    local said = {}
-    for i = 1, other and #other[2] or 0, 2 do said[other[2][i]] = other[2][i + 1] end
-    local missing = not other or KEYS[2] == ARGV[1] .. 'task:' .. said.org .. ':' .. said.task
+    local head = other and cjson.decode(other[2][2]) -- n, org, task …
+    local missing = not other or KEYS[2] == ARGV[1] .. 'task:' .. head[2] .. ':' .. head[3]
     return answer(missing and 'ahead' or '', {})
   end
   if base[1] and before(after, base[2]) then return answer('trimmed', {}) end

@@ -2,14 +2,13 @@
 -- KEYS[1] the log. ARGV: key prefix, organisation, after (an id), entries to look at, check ('1': the id must be one
 -- that stands here).
 -- Answers {gap, last id looked at, its counter, how many were looked at, entries}. Entries of a task that is not there
--- any more are left out, also when its id was used again: they are older than what has it now.
+-- any more are left out, but for the one that deleted it; also when its id was used again: they are older than what
+-- has it now.
 local PREFIX, ORG, after, count = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local PAGE_BYTES = 1048576
-local function value(entry, name)
-  for i = 1, #entry[2], 2 do
-    if entry[2][i] == name then return entry[2][i + 1] end
-  end
-end
+-- As `commit.lua` writes them: n, org, task, owner, user, agent, session, before, after, seq, seconds, microseconds …
+local N, IN_ORG, TASK, AFTER, SECONDS, MICROS = 1, 2, 3, 9, 11, 12
+local function head_of(entry) return cjson.decode(entry[2][2]) end
 local function parts(id)
   local ms, n = string.match(id, '^(%d+)-(%d+)$')
   return tonumber(ms), tonumber(n)
@@ -26,22 +25,20 @@ local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1]
 local number = '0'
 if before(last[1], after) then return { 'ahead', after, number, '0', {} } end
 if before(after, first[1]) then
-  if value(first, 'n') ~= '1' then return { 'trimmed', after, number, '0', {} } end
+  if head_of(first)[N] ~= 1 then return { 'trimmed', after, number, '0', {} } end
 else
   local at = redis.call('XRANGE', KEYS[1], after, after)[1]
   if at then
-    number = value(at, 'n')
+    number = string.format('%.0f', head_of(at)[N])
   elseif ARGV[5] == '1' then
     return { 'unknown', after, number, '0', {} }
   end
 end
 
-local function lives(entry)
-  local created = redis.call('HGET', PREFIX .. 'task:' .. ORG .. ':' .. value(entry, 'task'), 'created_at')
-  if not created then return false end
-  local seconds, micros = string.match(value(entry, 'us'), '^(%d+) (%d+)$')
+local function lives(entry, head)
+  local created = redis.call('HGET', PREFIX .. 'task:' .. ORG .. ':' .. head[TASK], 'created_at')
   local ms = parts(entry[1])
-  return math.max(tonumber(seconds) * 1000000 + tonumber(micros), ms * 1000) >= tonumber(created)
+  return created and math.max(head[SECONDS] * 1000000 + head[MICROS], ms * 1000) >= tonumber(created)
 end
 
 local entries, bytes, scanned = {}, 0, 0
@@ -51,11 +48,10 @@ while scanned < count and bytes < PAGE_BYTES do
   for _, entry in ipairs(found) do
     if bytes >= PAGE_BYTES then break end
     scanned = scanned + 1
-    after, number = entry[1], value(entry, 'n')
-    if value(entry, 'org') == ORG and value(entry, 'after') ~= 'gone' and lives(entry) then
-      entries[#entries + 1] = entry
-    end
-    bytes = bytes + #value(entry, 'event')
+    local head = head_of(entry)
+    after, number = entry[1], string.format('%.0f', head[N])
+    if head[IN_ORG] == ORG and (head[AFTER] == 'gone' or lives(entry, head)) then entries[#entries + 1] = entry end
+    bytes = bytes + #entry[2][4]
   end
 end
 return { '', after, number, tostring(scanned), entries }

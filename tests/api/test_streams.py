@@ -102,7 +102,7 @@ async def test_the_response_says_that_nobody_may_hold_it_up(store: Store, server
     assert answer.headers["cache-control"] == "no-cache, no-transform"
     assert answer.headers["x-accel-buffering"] == "no"
     assert answer.headers["transfer-encoding"] == "chunked"
-    hello = rf": connected to workflow {task}\n: log epoch {store.partitions.epoch}\n\nretry: [2-5][0-9]{{3}}\n"
+    hello = rf": connected to workflow {task}\n: log epoch {store.partitions.epoch}\nretry: [2-5][0-9]{{3}}\nid: "
     assert re.match(hello, answer.text)
     assert answer.content.isascii()
 

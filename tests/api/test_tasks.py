@@ -462,6 +462,8 @@ async def test_a_cursor_from_elsewhere_is_said_to_be_one(client: httpx.AsyncClie
         assert body == {
             "events": [],
             "count": 0,
+            "last_event_id": last,
+            "ended": False,
             "gap": {"reason": reason, "earliest_seq": 1, "latest_seq": 1, "last_event_id": last},
         }
     assert (await told(client, id_, after="5-999999999999999"))["count"] == 1  # before the first: from the start

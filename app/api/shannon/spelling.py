@@ -11,6 +11,7 @@ difference between the two would show.
 
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Any, assert_never
 from urllib.parse import urlencode
 from uuid import uuid4
@@ -311,7 +312,12 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def clock(micros: int) -> str:
     """RFC 3339 in UTC, always with six digits, so that texts compare like times."""
-    return f"{(_EPOCH + timedelta(microseconds=micros)).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
+    return f"{_second(micros // 1_000_000)}.{micros % 1_000_000:06d}Z"
+
+
+@lru_cache(maxsize=256)
+def _second(seconds: int) -> str:
+    return (_EPOCH + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()
 
 
 def usd(nano: int) -> float:
@@ -372,20 +378,28 @@ def frame(entry: Entry) -> list[Frame]:
     """The SSE frames of one entry (§2.3). Only the last carries the id: whoever loses the connection between two
     gets both again. A `types` filter may name the raw type or the SSE name (§10.24).
     """
-    frames: list[Frame] = []
     bodies = event_body(entry, stream=True)
-    for body in bodies:
-        raw: str = body["type"]
-        name = SSE_NAME.get(raw, raw)
-        id_ = entry.id if body is bodies[-1] else ""
-        frames.append(Frame(event=name, data=_shape(name, body, entry), id=id_, types=frozenset({raw, name})))
-    return frames
+    last = len(bodies) - 1
+    return [_frame(entry, body, entry.id if i == last else "") for i, body in enumerate(bodies)]
+
+
+def _frame(entry: Entry, body: Json, id_: str) -> Frame:
+    raw: str = body["type"]
+    name = SSE_NAME.get(raw, raw)
+    return Frame(event=name, data=_shape(name, body, entry), id=id_, types=_names(raw, name))
+
+
+@lru_cache(maxsize=1024)
+def _names(raw: str, name: str) -> frozenset[str]:
+    return frozenset({raw, name})
 
 
 def _shape(name: str, body: Json, entry: Entry) -> Json:
     """The data of a frame: the event object, except where upstream maps it. A mapped frame's `type` may only be the
     SSE name, for the SDK prefers it to the event's name (§11).
     """
+    if name is body["type"]:
+        return body
     message, payload = body.get("message", ""), body.get("payload", {})
     if name.startswith("thread.message."):
         delta = name == "thread.message.delta"
@@ -417,11 +431,16 @@ def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
     if isinstance(entry.event, events.Lifecycle) or (raw in SSE_NAME and raw.startswith("WORKFLOW_")):
         agent = agent or "orchestrator"
     body: Json = {"workflow_id": entry.task, "type": raw}
-    body |= {name: value for name, value in (("agent_id", agent), ("message", message), ("payload", payload)) if value}
+    if agent:
+        body["agent_id"] = agent
+    if message:
+        body["message"] = message
+    if payload:
+        body["payload"] = payload
     body["timestamp"] = clock(entry.at)
     placed = {**body, "seq": entry.seq, "stream_id": entry.id}
     if stream and raw == "WORKFLOW_CANCELLED":
-        return [{**body, "type": "WORKFLOW_CANCELLING", "message": "The task is being cancelled."}, placed]
+        return [body | {"type": "WORKFLOW_CANCELLING", "message": "The task is being cancelled."}, placed]
     return [placed]
 
 
@@ -435,6 +454,10 @@ def _told(event: AnyEvent, attempt: int) -> tuple[str, Json]:
     match event:
         case events.TextDelta():
             return event.text, {"attempt": attempt}
+        case (
+            events.AgentStarted() | events.AgentCompleted() | events.Thinking() | events.PlanUpdated() | events.Noted()
+        ):
+            return event.message, event.payload
         case events.TextCompleted():
             took = {"duration_ms": event.duration_ms} if event.duration_ms else {}
             return event.text, {**_usage(event.usage), **took}
@@ -494,10 +517,6 @@ def _told(event: AnyEvent, attempt: int) -> tuple[str, Json]:
         case events.ApprovalDecided():
             message = event.message or ("Approved." if event.approved else "Rejected.")
             return message, {**event.payload, "approval_id": event.approval, "approved": event.approved}
-        case (
-            events.AgentStarted() | events.AgentCompleted() | events.Thinking() | events.PlanUpdated() | events.Noted()
-        ):
-            return event.message, event.payload
         case events.Deleted():
             return "", {}
         case _:

@@ -201,7 +201,8 @@ async def _stream(request: Request, parse: Callable[[Store], Asked]) -> Response
     what = f"workflow {asked.task}" if asked.task else "many workflows"
     epoch = store.partitions.epoch
     # `retry` stands here too, for a server that is killed says nothing, and a proxy may drop its last words (tried).
-    hello = f": connected to {what}\n: log epoch {epoch}\n\n".encode() + retry()
+    # No blank line: by the letter of the HTML standard (§9.2.6) one before the first id would clear a client's cursor.
+    hello = f": connected to {what}\n: log epoch {epoch}\n".encode() + retry()
     return Stream(
         streams, store.hub, asked.reader, partial(_spelling, epoch, asked.types), hello=hello, key=asked.who.key
     )
