@@ -162,7 +162,8 @@ async def test_npms_eventsource_loses_its_connection_and_no_event(http: httpx.As
 
 @needs_chromium
 @needs_eventsource
-async def test_a_killed_server_comes_back_and_no_event_is_lost(http: httpx.AsyncClient, api: Api) -> None:
+@pytest.mark.parametrize("end", ["kill", "stop"])
+async def test_a_server_that_goes_comes_back_and_no_event_is_lost(http: httpx.AsyncClient, api: Api, end: str) -> None:
     id_ = await long_task(http)
     async with follower(api.url, id_) as node, browser_page(api.url, id_) as page:
 
@@ -170,7 +171,7 @@ async def test_a_killed_server_comes_back_and_no_event_is_lost(http: httpx.Async
             return len(node.events) > 10 and len(await shown(page)) > 10
 
         await wait_until(both_are_in_the_middle, "both clients are in the middle of the task")
-        await asyncio.to_thread(api.kill)
+        await asyncio.to_thread(getattr(api, end))
         await asyncio.to_thread(api.start)
         await wait_until(lambda: shows_the_end(page), "the page shows the end", seconds_max=40)
         await wait_until(lambda: node.events[-1]["type"] == "done", "npm's eventsource is told the end")
