@@ -165,8 +165,13 @@ class Line:
         """The replies; an error among them stands in its place. Whatever else goes wrong closes the connection."""
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
+                if self._replies and self._made._reader.at_eof():  # noqa: SLF001 (the server closed it while it idled)
+                    self.close()
                 if self._replies is None:
                     await self._made.connect()
+                    # Python 3.11's `wait_for`, under which redis-py connects, may lose a cancel that comes as it succeeds.
+                    if (this := asyncio.current_task()) and this.cancelling():
+                        raise asyncio.CancelledError
                     self._replies = hiredis.Reader(replyError=_refusal)
                 # redis-py has no other way to its streams.
                 writer, reader = self._made._writer, self._made._reader  # noqa: SLF001
@@ -200,6 +205,9 @@ _REFUSALS: dict[str, type[exceptions.RedisError]] = {
     "NOAUTH": exceptions.AuthenticationError,
     "WRONGPASS": exceptions.AuthenticationError,
     "NOPERM": exceptions.NoPermissionError,
+    "NOREPLICAS": exceptions.ConnectionError,
+    "MOVED": exceptions.MovedError,
+    "ASK": exceptions.AskError,
 }
 """Code of an error reply, which stands first in it (Redis protocol)."""
 
@@ -253,11 +261,13 @@ class Lane:
                 for (command, future), answer in zip(batch, answers, strict=True):
                     if future.done():  # whoever asked has left
                         continue
-                    if isinstance(answer, Exception):
-                        future.set_exception(in_our_words(answer))
-                    else:
+                    try:
+                        if isinstance(answer, Exception):
+                            raise in_our_words(answer)
                         shape = self._shapes.get(command[0])
                         future.set_result(shape(answer) if shape else answer)
+                    except Exception as error:  # noqa: BLE001 (the others wait for their answers)
+                        future.set_exception(error)
         finally:
             self._trip = None
 

@@ -38,7 +38,8 @@ class Trace:
         began = time.perf_counter()
         trace = scope[_TRACE] = trace_of(Headers(scope=scope))
         ids = [(b"x-trace-id", trace.encode()), (b"x-span-id", secrets.token_hex(8).encode())]
-        status, streaming = 0, scope["type"] == "websocket"
+        # Like streams, requests that wait last as long as they should.
+        status, streaming = 0, scope["type"] == "websocket" or b"wait=" in scope["query_string"]
 
         async def traced(message: Message) -> None:
             nonlocal status, streaming

@@ -40,12 +40,15 @@ from app.seam import (
     WantState,
 )
 from app.snapshots import Snapshots
-from app.task import Snapshot, Task
+from app.task import Snapshot, Status, Task
 
 logger = structlog.get_logger()
 
 RETRY_SECONDS = 0.2
 """Between attempts of a tail whose store is away."""
+READ_PAUSE_SECONDS = 0.002
+"""Between two reads of a tail, at least: of a busy log they bring several entries then, and cost a third (measured). An
+entry that comes alone is not held up."""
 REPLAYS = 4
 """Pages that are read for replaying readers at the same time."""
 STATE_BATCH = 50
@@ -64,7 +67,7 @@ class Tail:
         self._strands: set[Strand] = set()
         self._watchers: set[Callable[[Logged], None]] = set()
         self._task: asyncio.Task[None] | None = None
-        self._placed = asyncio.Event()
+        self._placed: asyncio.Future[None] | None = None
 
     async def join(self, reader: TaskReader | Strand) -> None:
         """Registers, and returns once the tail has a position in the log."""
@@ -93,34 +96,36 @@ class Tail:
         self._rest()
 
     async def _running(self) -> None:
+        """Raises Unavailable when the store is away, and no position is known from before."""
+        if self._task is None or self._placed is None:
+            self._placed = asyncio.get_running_loop().create_future()
         if self._task is None:
-            self._placed.clear()
             self._task = asyncio.create_task(self._run(), name=f"tail {self._tag}")
-        await self._placed.wait()
+        await asyncio.shield(self._placed)
 
     def _rest(self) -> None:
         if not self._readers and not self._strands and not self._watchers and self._task:
             self._task.cancel()
-            self._task = None
+            self._task = self._placed = None
 
     async def _run(self) -> None:
         """Never ends by itself: a store that is away is asked again."""
-        this = asyncio.current_task()
-        assert this
+        loop = asyncio.get_running_loop()
         last: tuple[str, int] | None = None
-        # Python 3.11's `wait_for`, under which redis-py connects, may lose a cancel that comes as it succeeds.
-        while not this.cancelling():
+        while True:
             try:
                 async with self._door.blocking() as line:
                     if last is None:
                         last = await self._log.end(self._tag)
-                        self._placed.set()
+                        self._tell(None)
                     else:
                         # The connection broke: the log may have lost entries that it had given us.
                         self._replay_all()
-                    while not this.cancelling():
+                    while True:
+                        found = await self._log.tail(line, self._tag, last[0])
+                        came = loop.time()
                         offered = 0
-                        for one in await self._log.tail(line, self._tag, last[0]):
+                        for one in found:
                             if one.number != last[1] + 1:
                                 logger.warning("tail.hole", partition=self._tag, after=last[1], got=one.number)
                                 self._replay_all()
@@ -129,12 +134,27 @@ class Tail:
                             if offered >= OFFERED_MAX:
                                 offered = 0
                                 await asyncio.sleep(0)
+                        if (early := came + READ_PAUSE_SECONDS - loop.time()) > 0:
+                            await asyncio.sleep(early)
             except Unavailable as error:
                 logger.warning("tail.waiting", partition=self._tag, reason=str(error))
+                self._tell(error)
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:  # a tail that dies in silence looks like a quiet task for ever
                 logger.exception("tail.failed", partition=self._tag)
                 await asyncio.sleep(RETRY_SECONDS)
+
+    def _tell(self, error: Unavailable | None) -> None:
+        """Those who wait for the first position: that it is known, or that the store is away."""
+        placed = self._placed
+        if placed is None or placed.done():
+            return
+        if error:
+            placed.set_exception(error)
+            placed.exception()  # perhaps nobody waits any more
+            self._placed = None
+        else:
+            placed.set_result(None)
 
     def _offer(self, one: Logged) -> int:
         """To how many. Copies: an offer may make a reader leave."""
@@ -169,8 +189,6 @@ class Replayed(Sink, Protocol):
     def page(self, items: Sequence[Item], shared: dict[object, bytes]) -> None:
         """What a page gave; asks for the next one when there is room. `shared` is common to all who get the same."""
 
-    def failed(self, error: Exception) -> None: ...
-
 
 class Pull:
     """A reader, to be iterated: pages of items, in order, without gap or duplicate, until it ended."""
@@ -185,6 +203,11 @@ class Pull:
         self._bytes = 0
         self._mark = reader.mark()
         self._wake = asyncio.Event()
+        self._failure: Exception | None = None
+
+    def failed(self, error: Exception) -> None:
+        self._failure = error
+        self._wake.set()
 
     def take(self, one: Logged) -> None:
         if self._room(one.entry.size):
@@ -209,12 +232,18 @@ class Pull:
 
     async def __aiter__(self) -> AsyncIterator[list[Item]]:
         while True:
+            if self._failure:
+                raise self._failure
             if self._backlog:
                 items = [*self._backlog]
                 self._backlog.clear()
                 self._bytes = 0
             elif want := self.reader.want():
-                items = self.reader.arrived(await self._hub.fetch(want))
+                arrived = self.reader.arrived(await self._hub.fetch(want))
+                # What another partition gave meanwhile comes first: the cursors of this page are behind it.
+                items = [*self._backlog, *arrived]
+                self._backlog.clear()
+                self._bytes = 0
             elif self.reader.ended:
                 return
             else:
@@ -232,6 +261,8 @@ class Hub:
         self._tails = {tag: Tail(door, log, tag) for tag in partitions.tags}
         self._waiting: dict[Want, list[Replayed]] = {}
         self._replays: set[asyncio.Task[None]] = set()
+        self._states = asyncio.Semaphore(2)
+        """Each may hold STATE_BYTES_MAX."""
         self.subscribers = 0
 
     # Readers
@@ -300,13 +331,19 @@ class Hub:
         if want is None:
             return False
         self._waiting.setdefault(want, []).append(sink)
-        if len(self._replays) < min(REPLAYS, len(self._waiting)):
-            replay = asyncio.create_task(self._replay(), name="replay")
-            self._replays.add(replay)
-            replay.add_done_callback(self._replays.discard)
+        if len(self._replays) < REPLAYS:
+            self._replays.add(asyncio.create_task(self._replay(), name="replay"))
         return True
 
     async def _replay(self) -> None:
+        this = asyncio.current_task()
+        assert this
+        try:
+            await self._replay_waiting()
+        finally:  # in the same tick as it looked for the last time, or who asks then would wait for nobody
+            self._replays.discard(this)
+
+    async def _replay_waiting(self) -> None:
         while self._waiting:
             want = next(iter(self._waiting))
             sinks = self._waiting.pop(want)
@@ -345,7 +382,8 @@ class Hub:
             case WantLog():
                 return await self._log.replay(want.tag, want.org, want.after, limit=PAGE_ENTRIES, check=want.check)
             case WantState():
-                return await self._state(want.selection)
+                async with self._states:
+                    return await self._state(want.selection)
 
     async def ends(self) -> list[tuple[str, int]]:
         """Each partition's last id and counter."""
@@ -353,7 +391,7 @@ class Hub:
 
     async def _state(self, selection: Selection) -> State:
         ends = await self.ends()
-        ids = [*selection.tasks]
+        ids, more = [*selection.tasks], False
         if not ids:
             sources = [
                 ("status", status.value, *place)
@@ -365,17 +403,17 @@ class Hub:
             listed = await self._snapshots.list(
                 selection.org, sources, where=where, limit=MATCHING_MAX + 1, fields=_IDENTITY
             )
-            ids = [task.id for task in listed.tasks]
+            ids, more = [task.id for task in listed.tasks], listed.capped or len(listed.tasks) > MATCHING_MAX
+        statuses: dict[str, Status] = {}
         found: list[Snapshot] = []
         size = 0
-        for i in range(0, len(ids) if len(ids) <= MATCHING_MAX else 0, STATE_BATCH):
+        for i in range(0, 0 if more else len(ids), STATE_BATCH):
             reading = (self._snapshots.snapshot(selection.org, id_) for id_ in ids[i : i + STATE_BATCH])
             batch = [snapshot for snapshot in await asyncio.gather(*reading) if snapshot]
-            found += batch
+            statuses |= {snapshot.fields["id"]: snapshot.status for snapshot in batch}
             size += sum(snapshot.size for snapshot in batch)
-            if size > STATE_BYTES_MAX:
-                break
-        return State(ends, found, more=len(ids) > MATCHING_MAX or size > STATE_BYTES_MAX)
+            found = [] if size > STATE_BYTES_MAX else [*found, *batch]
+        return State(ends, statuses, found, more=more or size > STATE_BYTES_MAX)
 
     async def aclose(self) -> None:
         for replay in [*self._replays]:

@@ -22,12 +22,16 @@ EVENTS = Counter("taskcast_events", "Events that were appended, by kind.", ["kin
 
 # What these processes do.
 CONNECTIONS_REFUSED = Counter("taskcast_connections_refused", "Connections closed at once because too many were open.")
-STREAMS_OPEN = Gauge("taskcast_streams_open", "Streams that are open, SSE and WebSocket.", multiprocess_mode="livesum")
+STREAMS_OPEN = Gauge(
+    "taskcast_streams_open",
+    "Streams that are open: SSE, WebSocket, and requests that wait.",
+    multiprocess_mode="livesum",
+)
 STREAM_FRAMES = Counter("taskcast_stream_frames", "Frames that were sent to readers.")
 STREAM_BYTES = Counter("taskcast_stream_bytes", "Bytes of frames that were sent to readers.")
 STREAMS_ABORTED = Counter(
     "taskcast_streams_aborted",
-    "Streams that were cut off or turned away: stalled, draining, full, store, failed.",
+    "Streams that were cut off or turned away: slow, stalled, draining, full, key_full, store, failed.",
     ["reason"],
 )
 GAPS = Counter("taskcast_gaps", "Gaps that readers were told of, by reason.", ["reason"])

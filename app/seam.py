@@ -53,6 +53,8 @@ class Began(Struct, frozen=True, kw_only=True):
     """The state from which the entries that follow go on."""
 
     snapshot: Snapshot
+    cursor: str = ""
+    """Empty on a stream of many tasks: there `Reached` follows the last of them."""
 
 
 class Placed(Struct, frozen=True, kw_only=True):
@@ -120,6 +122,8 @@ class State(Struct, frozen=True):
 
     ends: list[tuple[str, int]]
     """Each partition's last id and counter, read before the snapshots."""
+    statuses: dict[str, Status]
+    """Of all of those tasks that are there."""
     snapshots: list[Snapshot]
     more: bool
     """There are more than MATCHING_MAX, or STATE_BYTES_MAX."""
@@ -139,6 +143,9 @@ class Sink(Protocol):
 
     def behind(self) -> None:
         """The reader wants to read again."""
+
+    def failed(self, error: Exception) -> None:
+        """What it gave could not be taken; it will give nothing more."""
 
 
 class Place:
@@ -205,7 +212,7 @@ class TaskReader(Place):
         assert page is None or isinstance(page, Page)
         if page is None:
             raise NotFound("Task not found")
-        if page.gap and self.strict:
+        if page.gap and self.strict and not self._start:
             raise _gone(page)
         return []
 
@@ -236,7 +243,11 @@ class TaskReader(Place):
                 self.ended = True
                 self.sink.give([Ended(last_id="", seq=one.seq - 1)])
                 return
-            self.sink.take(one)
+            try:
+                self.sink.take(one)
+            except Exception as error:  # noqa: BLE001 (it would be lost for this reader, and stop the others')
+                self.sink.failed(error)
+                return
             if one.ends and self.live:
                 self.ended = True
                 self.sink.give([Ended(last_id=one.id, seq=one.seq)])
@@ -286,7 +297,7 @@ class TaskReader(Place):
             return []
         self.after, self.number = snapshot.fields["last_event_id"], int(snapshot.fields["last_seq"])
         if gap is None:
-            return [Began(snapshot=snapshot)]
+            return [Began(snapshot=snapshot, cursor=self.after)]
         latest = max(gap.last_seq, self.number)  # the snapshot was read after the page
         return [Gap(reason=gap.gap, earliest=gap.base_seq + 1, latest=latest, snapshot=snapshot)]
 
@@ -356,7 +367,10 @@ class Strand(Place):
     def offer(self, one: Logged) -> None:
         was_live = self.live
         if self.due(one.number, one.id):
-            self._reader.pass_on(one)
+            try:
+                self._reader.pass_on(one)
+            except Exception as error:  # noqa: BLE001 (as of one task)
+                self._reader.sink.failed(error)
         elif was_live and not self.live:
             self._reader.sink.behind()
 
@@ -375,6 +389,7 @@ class ManyReader:
         "_gap",
         "_known",
         "_open",
+        "_reported",
         "_settled",
         "_wanted",
         "ended",
@@ -382,7 +397,6 @@ class ManyReader:
         "sink",
         "strands",
         "strict",
-        "told",
     )
 
     def __init__(self, selection: Selection, tags: Sequence[str], after: str, *, strict: bool = False) -> None:
@@ -397,8 +411,8 @@ class ManyReader:
         self._fresh = foreign or not after
         """Begin with snapshots."""
         self.strands = [Strand(self, tag, "" if self._fresh else places[i]) for i, tag in enumerate(tags)]
-        self.told = after
-        """The cursor that the client has."""
+        self._reported = after
+        """The cursor that was last told by itself."""
         self._settled = not self._fresh and not selection.tasks
         """What it needs to know of the state, it knows."""
         self._known: dict[str, int] = {}
@@ -473,8 +487,8 @@ class ManyReader:
         return items
 
     def _begin(self, state: State) -> list[Item]:
-        found = {snapshot.fields["id"]: snapshot for snapshot in state.snapshots}
-        self._open = {id_ for id_ in self.selection.tasks & found.keys() if found[id_].status not in TERMINAL}
+        found = state.statuses
+        self._open = {id_ for id_ in self.selection.tasks & found.keys() if found[id_] not in TERMINAL}
         if not self._fresh:
             self._settled = True
             return []
@@ -500,8 +514,7 @@ class ManyReader:
             strand.check = False
             strand.fall_behind()
         self._known = {one.fields["id"]: int(one.fields["last_seq"]) for one in began}
-        self.told = self.cursor
-        return [*items, *(Began(snapshot=one) for one in began), Reached(cursor=self.told)]
+        return [*items, *(Began(snapshot=one) for one in began), *self._report()]
 
     def pass_on(self, one: Logged) -> None:
         """An entry, live."""
@@ -519,19 +532,19 @@ class ManyReader:
             return []
         if one.task in self.selection.tasks:
             (self._open.discard if one.ends or one.gone else self._open.add)(one.task)
-        if one.gone:
+        if one.gone and one.seq > self._known.get(one.task, 0):
             self._known.pop(one.task, None)  # what follows under this id is another task
         if not self.selection.matches(one) or one.seq <= self._known.get(one.task, 0):
             return []
-        self.told = self.cursor
-        return [one.entry if len(self.strands) == 1 else Placed(entry=one.entry, cursor=self.told)]
+        return [one.entry if len(self.strands) == 1 else Placed(entry=one.entry, cursor=self.cursor)]
 
     def reached(self) -> list[Item]:
-        """Its cursor, if the client's is older: entries that do not match have moved it, and logs are trimmed."""
-        if not self.live or self.told == self.cursor:
-            return []
-        self.told = self.cursor
-        return [Reached(cursor=self.told)]
+        """Its cursor, if it moved: perhaps by what the client was not told, and a log is trimmed some day."""
+        return self._report() if self.live and self._reported != self.cursor else []
+
+    def _report(self) -> list[Item]:
+        self._reported = self.cursor
+        return [Reached(cursor=self._reported)]
 
     def _ended(self) -> list[Item]:
         if not self.selection.tasks or self._open:
@@ -553,6 +566,9 @@ class Nowhere:
         """As `take`."""
 
     def behind(self) -> None:
+        """As `take`."""
+
+    def failed(self, error: Exception) -> None:
         """As `take`."""
 
 

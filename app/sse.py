@@ -26,7 +26,8 @@ import asyncio
 import json
 import random
 import resource
-from collections import defaultdict
+import sys
+from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from functools import lru_cache
@@ -133,7 +134,7 @@ class Spelling:
         return [frame for frame in frames if not self._types or self._types & frame.types]
 
 
-spelling = lru_cache(maxsize=1024)(Spelling)
+spelling = lru_cache(maxsize=256)(Spelling)
 """The same one for the same wishes, so that its bytes are shared."""
 
 
@@ -227,7 +228,9 @@ class Streams:
     def __init__(self, settings: Settings, *, streams_max: int = 0) -> None:
         self.settings = settings
         # Each stream is a file descriptor; a fifth of them is left for plain requests and the store.
-        self.streams_max = streams_max or resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 4 // 5
+        files_max, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        unbounded = files_max == resource.RLIM_INFINITY
+        self.streams_max = streams_max or (sys.maxsize if unbounded else files_max * 4 // 5)
         self.open: set[Leaving] = set()
         self.closing = False
         self._keys: dict[str, int] = defaultdict(int)
@@ -445,6 +448,7 @@ class Direct:
     __slots__ = (
         "_active",
         "_asked",
+        "_first",
         "_held",
         "_hub",
         "_key",
@@ -472,6 +476,8 @@ class Direct:
         """The hub has its wish for a page."""
         self._held = 0
         """Unsent bytes at the last visit, and what was added since."""
+        self._first: deque[Item] = deque()
+        """What it begins with, and has not left yet."""
         self._stuck = 0.0
         """Seconds for which not one of them has left."""
 
@@ -488,11 +494,12 @@ class Direct:
 
     def begin(self, hello: bytes, first: Sequence[Item]) -> None:
         self.closed = False
-        self._send(hello + self._spelling.body(first))
+        self._first = deque(first)
+        self._send(hello)
         if self._streams.closing:
             self.leave()
         else:
-            self._ask()
+            self.drained()
 
     # As a sink
 
@@ -513,6 +520,8 @@ class Direct:
         return None
 
     def give(self, items: Sequence[Item]) -> None:
+        if self.closed:
+            return
         if self._unsent() > self._limit:
             self._abort("slow")
         else:
@@ -523,7 +532,7 @@ class Direct:
         self._asked = False
         entries = [*takewhile(lambda item: isinstance(item, Entry), items)]
         # Readers of one page differ in the controls around its entries only.
-        same = (self._spelling, len(entries), id(entries[0])) if entries else None
+        same = (self._spelling, *map(id, entries))
         data = shared.get(same)
         if data is None:
             data = shared[same] = self._spelling.body(entries)
@@ -539,12 +548,19 @@ class Direct:
             _store_away("stream.broken", error)
             self._goodbye("store")
         else:
+            logger.error("stream.failed", exc_info=error)
             self._goodbye("failed")
 
     # As the owner of its connection
 
     def drained(self) -> None:
-        self._ask()
+        """What it begins with may be large: it leaves in pieces, and then the reader goes on."""
+        while self._first and not self.closed and self._unsent() <= CHUNK_BYTES:
+            item = self._first.popleft()
+            self._send(self._spelling.body([item]))
+            self._end_if_done([item])
+        if not self._first:
+            self._ask()
 
     def lost(self) -> None:
         self.closed = True

@@ -207,3 +207,41 @@ async def test_an_event_is_spelled_once_for_all_who_want_the_same(
         for reader in (*readers, *filtered):
             await reader.readuntil(b'"delta":"word"')
         assert len(spelled) == 2
+
+
+@production
+async def test_a_large_beginning_leaves_in_pieces(store: Store, server: Served) -> None:
+    """Of a client that takes nothing, no more is held than a piece, and one state."""
+    for _ in range(40):
+        await submit(store, query="q" * 200_000)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=4096)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(
+        f"GET /api/v1/stream/sse?session_id=s1&api_key={DEVELOPMENT_KEY} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    )
+    await wait_until(lambda: bool(streams_of(server).open), "the stream is open")
+    (stream,) = streams_of(server).open
+    assert isinstance(stream, sse.Direct)
+    await wait_until(lambda: not stream.closed and stream._unsent() > sse.CHUNK_BYTES, "it has begun")
+    assert stream._unsent() < sse.CHUNK_BYTES + 2 * 200_000 + 10_000
+    writer.transport.resume_reading()  # type: ignore[attr-defined]
+    body = bytearray()
+    while b"event: cursor" not in body:
+        body += await reader.read(65536)
+    assert body.count(b"event: snapshot") == 40
+    writer.transport.abort()
+
+
+async def test_a_filter_is_bounded(server: Served) -> None:
+    for types in (",".join(f"T{i}" for i in range(65)), "T" * 129):
+        answer = await server.client.get("/api/v1/stream/sse", params={"workflow_id": "t", "types": types})
+        assert answer.status_code == 400
+
+
+async def test_nobody_learns_what_is_wrong_with_a_request_before_who_asks(server: Served) -> None:
+    for path in (
+        "/api/v1/tasks/bad%20id/stream",
+        "/api/v1/stream/sse?workflow_id=",
+        "/api/v1/stream/sse?types=" + "x" * 200,
+    ):
+        assert (await server.client.get(path, headers={"X-API-Key": "wrong"})).status_code == 401

@@ -162,7 +162,9 @@ class World:
                     and (not selection.owners or task.owner in selection.owners)
                 ]
                 yield
-                return State(ends, [task.snapshot() for task in found if task.there], more=False)
+                there = [task for task in found if task.there]
+                statuses = {task.id: task.status for task in there}
+                return State(ends, statuses, [task.snapshot() for task in there], more=False)
 
     def _task(self, id_: str) -> Task:
         return next(task for task in self.tasks if (task.org, task.id) == (ORG, id_))
@@ -267,6 +269,9 @@ class Run:
 
     def behind(self) -> None:
         assert not self.reader.live
+
+    def failed(self, error: Exception) -> None:
+        raise error
 
     # What happens
 
@@ -397,6 +402,8 @@ OTHERS = [*NOW, ("end", 0), ("offer", 0), ("say", 7), ("end", 4), ("offer", 0)]
 """Another organisation uses the same id."""
 DELETED = [("end", 4), ("page", 0), ("delete", 0)]
 """Between the state and the first page."""
+REUSED = [("read", 0), ("delete", 0), ("say", 0), *NOW]
+"""Between the ends of the logs and the state, and its id is used again."""
 ONE: dict[str, Any] = {"history": [], "place": -1, "by_seq": False, "snapshot": False, "strict": False, "lag": 0}
 MANY: dict[str, Any] = {"partitions": 1, "history": [], "places": None, "strict": False, "lag": 0}
 ALL = Selection(org=ORG, owners=frozenset({"", "u0", "u1"}))
@@ -509,6 +516,7 @@ SELECTIONS = st.sampled_from(
 @example(**MANY, selection=NAMED, ops=FULL)
 @example(**MANY, selection=NAMED, ops=OTHERS)
 @example(**MANY, selection=NAMED, ops=DELETED)
+@example(**MANY, selection=ALL, ops=REUSED)
 @example(
     **MANY | {"partitions": 3, "strict": True, "places": [0, 0, -1]},
     selection=ALL,

@@ -1,7 +1,7 @@
 """The seam: replay, then live, with no gap and no duplicate, whatever happens in between."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from app import events, hub, keys
-from app.errors import NotFound
+from app.errors import NotFound, Unavailable
 from app.events import Entry, Submission, TextDelta
-from app.seam import Ended, Gap, Item
+from app.log import Logged
+from app.seam import Ended, Gap, Item, Reader
 from app.settings import Settings
 from app.store import Store, open_store
 from app.task import apply
@@ -233,3 +234,69 @@ async def test_a_restarted_store_is_followed_again(store: Store, settings: Setti
         await finish(store, fence, 10)
         await wait_until(ended(seen), "the end arrives")
     assert seqs(seen) == list(range(1, 13))
+
+
+async def test_a_reader_who_comes_while_the_store_is_away_is_told_so(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await running(store)
+
+    async def away(_: str) -> tuple[str, int]:
+        raise Unavailable("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.log, "end", away)
+        with pytest.raises(Unavailable):
+            async with store.follow("o", "t", ""):
+                pass
+    assert store.hub.subscribers == 0
+    async with reader(store) as seen:
+        await wait_until(lambda: len(seen) == 2, "history arrives, now that it is back")
+
+
+async def test_two_who_ask_in_the_same_moment_are_both_served(store: Store) -> None:
+    """The second asks in the tick in which the first one's replay has come to its end."""
+    await running(store)
+    served: list[str] = []
+
+    class Asking:
+        def __init__(self, name: str, then: Callable[[], object]) -> None:
+            self.reader: Reader = store.hub.one("o", "t", "")
+            self.name, self.then = name, then
+
+        def page(self, _: Sequence[Item], __: dict[object, bytes]) -> None:
+            served.append(self.name)
+            asyncio.get_running_loop().call_soon(self.then)
+
+        def take(self, _: Logged) -> None: ...
+        def give(self, _: Sequence[Item]) -> None: ...
+        def behind(self) -> None: ...
+        def failed(self, error: Exception) -> None:
+            raise error
+
+    second = Asking("second", lambda: None)
+    first = Asking("first", lambda: store.hub.ask(second))
+    store.hub.ask(first)
+    await wait_until(lambda: served == ["first", "second"], "both are served")
+
+
+async def test_a_reader_whose_sink_fails_is_told_and_the_others_go_on(store: Store) -> None:
+    fence = await running(store)
+    async with store.follow("o", "t", "") as broken, reader(store) as seen:
+        pages = aiter(broken)
+        await anext(pages)
+        waiting = asyncio.ensure_future(anext(pages))
+        await wait_until(lambda: len(seen) == 2 and broken.reader.live, "both are live")
+        broken.take = lambda _: 1 / 0  # type: ignore[assignment, method-assign]
+        await write(store, fence, range(1, 3))
+        with pytest.raises(ZeroDivisionError):
+            await waiting
+        await wait_until(lambda: seqs(seen) == [1, 2, 3, 4], "the other one has all")
+
+
+async def test_a_connection_that_the_store_closed_while_it_idled_is_made_again(store: Store) -> None:
+    await running(store)
+    async with store.door.blocking() as other:
+        await other.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    await asyncio.sleep(0.01)  # its end has arrived
+    await store.delete("o", "t")  # not repeatable: sent once, on a connection that works

@@ -483,16 +483,21 @@ async def test_the_end_of_an_earlier_turn_is_never_done(store: Store, ports: lis
 async def test_readers_that_come_and_go_leave_no_connection_to_the_store_behind(store: Store, ports: list[int]) -> None:
     task, attempt = await started(store)
 
+    async def connections() -> int:
+        return int((await store.door.read("INFO", "clients"))["connected_clients"])
+
     async def nobody_reads() -> bool:
-        await attempt.write("a")  # whoever still waits for an event gets one, and may see that nobody wants it
         return b" cmd=xread " not in await store.door.read("CLIENT", "LIST")
 
     await wait_until(nobody_reads, "those of the tests before have left")
+    before, most = await connections(), 0
     for number in range(40):
         async with reading(Reader(task, cursor=await attempt.write("a")), ports[number % 2]):
             for _ in range(number % 4):
                 await attempt.write("a")
-    await wait_until(nobody_reads, "no replica reads for nobody")
+        most = max(most, await connections())
+    assert most <= before + 4  # a tail of each replica, and one that is just leaving
+    await wait_until(nobody_reads, "no replica reads for nobody", seconds_max=4)  # its wait would take 5
     await attempt.complete()
 
 

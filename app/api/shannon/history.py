@@ -42,14 +42,6 @@ def cursor(text: str, store: Store, org: str, task: str) -> str:
     return of_task(found, store, org, task).after
 
 
-def fails_on_gap(request: Request) -> bool:
-    """As streams take it. Raises Invalid."""
-    text = request.query_params.get("on_gap", "")
-    if text not in {"", "fail"}:
-        raise Invalid("Invalid on_gap (allowed: fail)")
-    return text == "fail"
-
-
 def wait_seconds(request: Request) -> float | None:
     """None: it says nothing of waiting. Raises Invalid."""
     text = request.query_params.get("wait", "")

@@ -438,10 +438,11 @@ def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
     if payload:
         body["payload"] = payload
     body["timestamp"] = clock(entry.at)
-    placed = {**body, "seq": entry.seq, "stream_id": entry.id}
+    asked: list[Json] = []
     if stream and raw == "WORKFLOW_CANCELLED":
-        return [body | {"type": "WORKFLOW_CANCELLING", "message": "The task is being cancelled."}, placed]
-    return [placed]
+        asked.append({**body, "type": "WORKFLOW_CANCELLING", "message": "The task is being cancelled."})
+    body["seq"], body["stream_id"] = entry.seq, entry.id
+    return [*asked, body]
 
 
 def raw_type(event: AnyEvent) -> str:
@@ -560,7 +561,7 @@ def control(item: Gap | Began | Reached | Ended, *, epoch: str = "") -> Frame:
         case Reached():
             return _control("cursor", {"log_epoch": epoch, "stream_id": item.cursor}, item.cursor)
         case Began():
-            return _control("snapshot", _state(item.snapshot, epoch), "")
+            return _control("snapshot", _state(item.snapshot, epoch), item.cursor)
         case Gap():
             data: Json = {"message": GAPS[item.reason], "reason": item.reason}
             if item.snapshot:

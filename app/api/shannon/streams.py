@@ -72,6 +72,14 @@ def parse_cursor(text: str) -> Cursor | None:
     return Cursor("" if ids == ["0-0"] else ",".join(ids), ended=bool(found[2]))
 
 
+def parse_places(text: str) -> Cursor | None:
+    """Of a stream of many tasks: they have no common number, and before the first entry is a place like any other."""
+    found = parse_cursor(text)
+    if text.strip() and found == Cursor(ended=bool(found and found.ended)):
+        return Cursor("0-0", ended=found.ended) if "-" in text else None
+    return None if found is None or found.after.startswith("seq:") else found
+
+
 def of_task(cursor: Cursor, store: Store, org: str, task: str) -> Cursor:
     """What a stream's cursor means to one task: of several places, that in the task's partition."""
     places = cursor.after.split(",")
@@ -85,20 +93,30 @@ def of_task(cursor: Cursor, store: Store, org: str, task: str) -> Cursor:
 
 def _cursor(request: HTTPConnection, *, many: bool) -> Cursor:
     """Raises Invalid for a malformed parameter, also when the header wins."""
-    asked = parse_cursor(request.query_params.get("last_event_id", ""))
-    if asked is None or (many and asked.after.startswith("seq:")):  # many tasks have no common number
+    parse = parse_places if many else parse_cursor
+    asked = parse(request.query_params.get("last_event_id", ""))
+    if asked is None:
         raise Invalid("Invalid last_event_id")
     header = request.headers.get("last-event-id", "")
-    if not header.strip():
-        return asked
-    found = parse_cursor(header) or Cursor()
-    return Cursor() if many and found.after.startswith("seq:") else found
+    return (parse(header) or Cursor()) if header.strip() else asked
 
 
 def _words(request: HTTPConnection, name: str) -> list[str]:
     """Of a parameter that may be repeated, or hold commas."""
     words = [word.strip() for text in request.query_params.getlist(name) for word in text.split(",")]
     return [word for word in words if word]
+
+
+TYPES_MAX = 64
+"""Names in a filter, each as long as an id at most: what is spelled is kept by filter."""
+
+
+def _types(request: HTTPConnection) -> frozenset[str]:
+    """Raises Invalid."""
+    types = frozenset(_words(request, "types"))
+    if len(types) > TYPES_MAX or any(len(name) > 128 for name in types):
+        raise Invalid(f"Too many types (max {TYPES_MAX}, of 128 characters)")
+    return types
 
 
 class Asked(Struct, frozen=True):
@@ -137,17 +155,19 @@ def asked_of(request: HTTPConnection, store: Store) -> Asked:
         agent=agent,
         statuses=states,
     )
-    reader = store.hub.many(selection, cursor.after, strict=_strict(request))
-    return Asked(who, reader, cursor, frozenset(_words(request, "types")))
+    reader = store.hub.many(selection, cursor.after, strict=fails_on_gap(request))
+    return Asked(who, reader, cursor, _types(request))
 
 
 def asked_of_task(request: HTTPConnection, store: Store, id_: str) -> Asked:
     """Raises Unauthorized, Invalid."""
     who = caller(request)
+    if not events.ID.fullmatch(id_):
+        raise Invalid("Invalid task ID format")
     cursor = of_task(_cursor(request, many=False), store, who.org, id_)
     snapshot = _flag(request, "snapshot") and not cursor.after
-    reader = store.hub.one(who.org, id_, cursor.after, snapshot=snapshot, strict=_strict(request))
-    return Asked(who, reader, cursor, frozenset(_words(request, "types")), task=id_)
+    reader = store.hub.one(who.org, id_, cursor.after, snapshot=snapshot, strict=fails_on_gap(request))
+    return Asked(who, reader, cursor, _types(request), task=id_)
 
 
 def _flag(request: HTTPConnection, name: str) -> bool:
@@ -157,7 +177,8 @@ def _flag(request: HTTPConnection, name: str) -> bool:
     return text in {"1", "true"}
 
 
-def _strict(request: HTTPConnection) -> bool:
+def fails_on_gap(request: HTTPConnection) -> bool:
+    """Raises Invalid."""
     text = request.query_params.get("on_gap", "")
     if text not in {"", "fail"}:
         raise Invalid("Invalid on_gap (allowed: fail)")
@@ -173,13 +194,7 @@ async def sse(request: Request) -> Response:
 
 async def task_stream(request: Request) -> Response:
     """Served, not redirected as upstream does: its 307 loses a browser's query key (§1.7)."""
-    return await _stream(request, lambda store: asked_of_task(request, store, _task_id(request.path_params["task_id"])))
-
-
-def _task_id(id_: str) -> str:
-    if not events.ID.fullmatch(id_):
-        raise Invalid("Invalid task ID format")
-    return id_
+    return await _stream(request, lambda store: asked_of_task(request, store, request.path_params["task_id"]))
 
 
 async def _stream(request: Request, parse: Callable[[Store], Asked]) -> Response:
@@ -197,7 +212,7 @@ async def _stream(request: Request, parse: Callable[[Store], Asked]) -> Response
             if request.method == "HEAD":  # never subscribes
                 return Response(headers=HEADERS)
     except Unavailable:
-        return Later(streams, "store")
+        return Response(headers=HEADERS) if request.method == "HEAD" else Later(streams, "store")
     what = f"workflow {asked.task}" if asked.task else "many workflows"
     epoch = store.partitions.epoch
     # `retry` stands here too, for a server that is killed says nothing, and a proxy may drop its last words (tried).

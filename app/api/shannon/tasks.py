@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
-from app.api.shannon.history import LATER, History, changed, cursor, fails_on_gap, open_history, wait_seconds
+from app.api.shannon.history import LATER, History, changed, cursor, open_history, wait_seconds
 from app.api.shannon.spelling import (
     STATUS,
     SUBMISSION_BYTES_MAX,
@@ -34,6 +34,7 @@ from app.api.shannon.spelling import (
     task_item,
     too_large,
 )
+from app.api.shannon.streams import fails_on_gap
 from app.errors import Conflict, Invalid, NotFound
 from app.events import AnyEvent, Json
 from app.identity import Identity, caller
