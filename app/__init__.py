@@ -5,17 +5,17 @@
     workers ──claim, events──▶ store.append ───────────┘                                    ├─▶ the task's stream
                                                                                             ├─▶ its snapshot
                                                                                             └─▶ indexes, queues
-    EventSource ◀── sse ◀── api/<dialect>.frame ◀── hub ◀── one tail per partition
+    EventSource ◀── direct or sse ◀── api/<dialect>.frame ◀── seam ◀── hub ◀── one tail per partition
     pollers     ◀── api/<dialect>.task_body ◀── snapshots
 
 The log is the truth; a snapshot is its fold. Imports point one way, and a test holds it:
 
     core     errors events task              pure, no I/O
     leaves   keys settings metrics
-    Redis    embedded connect log snapshots queues hub
+    Redis    embedded connect log snapshots queues seam hub
     store                                    above it nobody says Redis, below it nobody says HTTP
-    HTTP     identity sse api ops
-    edge     edge server                     the application and its process
+    HTTP     identity frames streams direct sse api ops
+    edge     edge protocol server                     the application and its process
              cli local remote screen supervisor
 """
 

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app import metrics
 from app.api import shannon
 from app.errors import Full, Stale, TaskcastError, TooLarge, Unauthorized, Unavailable
-from app.sse import Aborted
+from app.streams import Aborted
 
 logger = structlog.get_logger()
 

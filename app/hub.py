@@ -46,7 +46,7 @@ logger = structlog.get_logger()
 
 RETRY_SECONDS = 0.2
 """Between attempts of a tail whose store is away."""
-READ_PAUSE_SECONDS = 0.002
+READ_PAUSE_SECONDS = 0.004
 """Between two reads of a tail, at least: of a busy log they bring several entries then, and cost a third (measured). An
 entry that comes alone is not held up."""
 REPLAYS = 4
@@ -204,6 +204,11 @@ class Pull:
         self._mark = reader.mark()
         self._wake = asyncio.Event()
         self._failure: Exception | None = None
+
+    @property
+    def told(self) -> bool:
+        """Whether everything that the reader gave was taken."""
+        return not self._backlog
 
     def failed(self, error: Exception) -> None:
         self._failure = error

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from app import metrics
-from app.sse import CHUNK_BYTES, WIRE, Detached
+from app.streams import CHUNK_BYTES, WIRE, Detached
 
 logger = structlog.get_logger()
 
@@ -30,7 +30,7 @@ REFUSALS_TOLD_SECONDS = 1.0
 
 
 class Connection:
-    """A connection of ours, lent to a stream (`sse.Wire`)."""
+    """A connection of ours, lent to a stream (`streams.Wire`)."""
 
     __slots__ = ("_detach", "_transport", "unsent", "write")
 

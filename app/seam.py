@@ -283,7 +283,7 @@ class TaskReader(Place):
             if self.number < answer.last_seq:
                 return items
         elif self.number < 0:
-            self.after, self.number = max_id(self.after, answer.last_id), answer.last_seq
+            self.after, self.number = answer.last_id, answer.last_seq
         if answer.status in TERMINAL:
             return [*items, *self._end(answer.last_id, answer.last_seq)]
         if not items:
@@ -299,7 +299,8 @@ class TaskReader(Place):
         if gap is None:
             return [Began(snapshot=snapshot, cursor=self.after)]
         latest = max(gap.last_seq, self.number)  # the snapshot was read after the page
-        return [Gap(reason=gap.gap, earliest=gap.base_seq + 1, latest=latest, snapshot=snapshot)]
+        earliest = self.number + 1 if gap.gap == "trimmed" else gap.base_seq + 1
+        return [Gap(reason=gap.gap, earliest=earliest, latest=latest, snapshot=snapshot)]
 
     def _end(self, last_id: str, seq: int) -> list[Item]:
         self.ended = True
@@ -313,11 +314,6 @@ def _gone(page: Page) -> Gone:
 def cursor_of(places: Iterable[tuple[str, int]]) -> str:
     """Of a stream of many: where it stands in each partition's log."""
     return ",".join(id_ or "0-0" for id_, _ in places)
-
-
-def max_id(a: str, b: str) -> str:
-    """The later of two ids; what is none counts as the earliest."""
-    return max(a, b, key=order)
 
 
 def order(id_: str) -> tuple[int, int]:
@@ -540,7 +536,7 @@ class ManyReader:
 
     def reached(self) -> list[Item]:
         """Its cursor, if it moved: perhaps by what the client was not told, and a log is trimmed some day."""
-        return self._report() if self.live and self._reported != self.cursor else []
+        return self._report() if self.live and not self.ended and self._reported != self.cursor else []
 
     def _report(self) -> list[Item]:
         self._reported = self.cursor

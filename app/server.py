@@ -2,7 +2,7 @@
 
 `create_app` puts the dialect's routes behind the layers of `edge.py` and the question who is calling; `Server` is
 uvicorn with an end of its own: it sends streams away instead of waiting for them for ever (tried), and never ends one
-cleanly; its protocols lend each stream its connection (`sse.Wire`). `run` is one process, from settings to exit code.
+cleanly; its protocols lend each stream its connection (`streams.Wire`). `run` is one process, from settings to exit code.
 
 What this file must never do is log a query string: it may hold a key.
 """
@@ -39,8 +39,8 @@ from app.errors import Misconfigured, TaskcastError, Unavailable
 from app.identity import DEVELOPMENT_KEY, Authentication, Identities
 from app.protocol import HANG_UP_SECONDS, Http, WebSocket
 from app.settings import Settings
-from app.sse import Streams
 from app.store import Store, open_store
+from app.streams import Streams
 
 logger = structlog.get_logger()
 

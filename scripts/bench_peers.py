@@ -126,8 +126,8 @@ async def portable(fd: str) -> None:
     from app.identity import Identities  # noqa: PLC0415
     from app.server import create_app  # noqa: PLC0415
     from app.settings import Settings  # noqa: PLC0415
-    from app.sse import Streams  # noqa: PLC0415
     from app.store import open_store  # noqa: PLC0415
+    from app.streams import Streams  # noqa: PLC0415
 
     settings = Settings()
     async with open_store(settings) as store:

@@ -11,7 +11,17 @@ LAYERS = [
     {"app.keys", "app.settings", "app.metrics"},
     {"app.embedded", "app.connect", "app.log", "app.snapshots", "app.queues", "app.seam", "app.hub"},
     {"app.store"},
-    {"app.identity", "app.limits", "app.sse", "app.api", "app.ops", "workers"},
+    {
+        "app.identity",
+        "app.limits",
+        "app.frames",
+        "app.streams",
+        "app.direct",
+        "app.sse",
+        "app.api",
+        "app.ops",
+        "workers",
+    },
     {"app.edge", "app.protocol", "app.server", "app.supervisor", "app.screen", "app.remote", "app.local", "app.cli"},
 ]
 """A module imports from its own layer or a lower one; a package counts with all that is in it."""

@@ -9,8 +9,8 @@ from app.events import AnyEvent
 from app.identity import DEVELOPMENT_ORG, Identities
 from app.server import create_app
 from app.settings import Settings
-from app.sse import Streams
 from app.store import Store
+from app.streams import Streams
 from tests.api.serving import Attempt
 
 Connect = Callable[..., Awaitable[httpx.AsyncClient]]

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from app import events, sse
+from app import events
+from app import frames as frames_
+from app import streams as streams_
+from app.direct import Direct
 from app.identity import DEVELOPMENT_KEY
 from app.protocol import Kept
 from app.settings import Settings
@@ -155,7 +158,7 @@ async def test_a_long_history_waits_for_its_reader(
 async def test_a_replaying_reader_that_takes_nothing_is_cut_off(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(streams_, "STALLED_SECONDS", 0.5)
     task, attempt = await started(store)
     for _ in range(80):
         await attempt.say(events.Noted(name="BIG", payload={"x": "y" * 100_000}))
@@ -191,10 +194,10 @@ async def test_an_event_is_spelled_once_for_all_who_want_the_same(
     store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, attempt = await started(store)
-    spelled: list[sse.Frame] = []
-    encode = sse.encode
+    spelled: list[frames_.Frame] = []
+    encode = frames_.encode
 
-    def counted(frame: sse.Frame) -> bytes:
+    def counted(frame: frames_.Frame) -> bytes:
         spelled.append(frame)
         return encode(frame)
 
@@ -202,7 +205,7 @@ async def test_an_event_is_spelled_once_for_all_who_want_the_same(
         readers = [(await stack.enter_async_context(raw(server, task)))[0] for _ in range(10)]
         filtered = [(await stack.enter_async_context(raw(server, task, "&types=LLM_PARTIAL")))[0] for _ in range(10)]
         await wait_until(lambda: all(one.reader.live for one in streams_of(server).open), "all are live")  # type: ignore[attr-defined]
-        monkeypatch.setattr(sse, "encode", counted)
+        monkeypatch.setattr(frames_, "encode", counted)
         await attempt.write("word")
         for reader in (*readers, *filtered):
             await reader.readuntil(b'"delta":"word"')
@@ -221,9 +224,9 @@ async def test_a_large_beginning_leaves_in_pieces(store: Store, server: Served) 
     )
     await wait_until(lambda: bool(streams_of(server).open), "the stream is open")
     (stream,) = streams_of(server).open
-    assert isinstance(stream, sse.Direct)
-    await wait_until(lambda: not stream.closed and stream._unsent() > sse.CHUNK_BYTES, "it has begun")
-    assert stream._unsent() < sse.CHUNK_BYTES + 2 * 200_000 + 10_000
+    assert isinstance(stream, Direct)
+    await wait_until(lambda: not stream.closed and stream._unsent() > streams_.CHUNK_BYTES, "it has begun")
+    assert stream._unsent() < streams_.CHUNK_BYTES + 2 * 200_000 + 10_000
     writer.transport.resume_reading()  # type: ignore[attr-defined]
     body = bytearray()
     while b"event: cursor" not in body:

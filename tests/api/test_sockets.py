@@ -10,7 +10,8 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from app import events, sse
+from app import events
+from app import streams as streams_
 from app.errors import Unavailable
 from app.identity import DEVELOPMENT_KEY
 from app.settings import Settings
@@ -231,7 +232,7 @@ async def test_a_socket_that_cannot_go_on_is_not_closed_in_good_order(
 async def test_a_socket_that_takes_nothing_is_cut_off(
     store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 1.0)
+    monkeypatch.setattr(streams_, "STALLED_SECONDS", 1.0)
     task, attempt = await started(store)
     with socket.socket() as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

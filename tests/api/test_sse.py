@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from app import sse
+from app import frames as frames_
+from app import streams as streams_
 from app.errors import NotFound, Unavailable
+from app.frames import Frame, encode
 from app.settings import Settings
-from app.sse import Aborted, Frame, Pages, Portable, Streams, Visitor, encode
+from app.sse import Pages, Portable
+from app.streams import Aborted, Streams, Visitor
 from tests.waiting import wait_until
 
 
@@ -39,11 +42,11 @@ def test_no_character_of_the_data_can_end_a_line() -> None:
 
 
 def test_retry_is_two_to_five_seconds_and_no_event() -> None:
-    delays = {int(sse.retry().removeprefix(b"retry: ")) for _ in range(200)}
+    delays = {int(frames_.retry().removeprefix(b"retry: ")) for _ in range(200)}
     assert min(delays) >= 2000
     assert max(delays) <= 5000
     assert len(delays) > 50
-    assert not sse.retry().endswith(b"\n\n")
+    assert not frames_.retry().endswith(b"\n\n")
 
 
 # The response, driven by hand
@@ -256,7 +259,7 @@ async def test_nothing_is_taken_from_the_store_while_a_reader_takes_nothing(stre
 async def test_a_reader_that_takes_nothing_for_long_is_aborted(
     streams: Streams, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 0.05)
+    monkeypatch.setattr(streams_, "STALLED_SECONDS", 0.05)
     with pytest.raises(Aborted):
         await respond(streams, pages_of(two), Slow())
     assert not streams.open

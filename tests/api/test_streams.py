@@ -16,12 +16,13 @@ from httpx_sse._decoders import SSEDecoder
 from prometheus_client import REGISTRY
 
 from app import events, sse
+from app import streams as streams_
 from app.api.shannon.streams import Cursor, parse_cursor
 from app.errors import Unavailable
 from app.identity import DEVELOPMENT_KEY
 from app.settings import Settings
-from app.sse import Streams
 from app.store import Store
+from app.streams import Streams
 from tests.api.serving import KEY, ORG, Attempt, Served, ended, served, started, submit, take
 from tests.waiting import wait_until
 
@@ -567,7 +568,7 @@ async def test_an_abort_leaves_the_chunked_body_unfinished(store: Store, setting
 async def test_a_reader_that_takes_nothing_is_cut_off_holds_little_and_loses_nothing(
     store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sse, "STALLED_SECONDS", 1.0)
+    monkeypatch.setattr(streams_, "STALLED_SECONDS", 1.0)
     bound = 128 * 1024
     task, attempt = await started(store)
     async with served(store, settings, stream_backlog_bytes=bound) as server:

@@ -19,9 +19,9 @@ from app.errors import Gone, Invalid, NotFound
 from app.events import Entry, Json
 from app.identity import caller
 from app.log import PAGE_ENTRIES, Page
-from app.seam import max_id, order
-from app.sse import Streams, Visitor
+from app.seam import order
 from app.store import Store
+from app.streams import Streams, Visitor
 from app.task import TERMINAL
 
 WAIT_SECONDS_MAX = 60.0
@@ -102,7 +102,7 @@ class History:
         """The cursor of a reader for whom there was no entry: its own, which may be another task's later place, or the
         last entry's, behind which a gap and a number go on.
         """
-        return self._page.last_id if self.gap else max_id(self._after, self._page.last_id)
+        return self._page.last_id if self.gap else max(self._after, self._page.last_id, key=order)
 
     def over(self, place: str) -> bool:
         """Nothing follows that cursor: the last entry is terminal, and not behind it."""

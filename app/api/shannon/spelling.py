@@ -22,10 +22,10 @@ from msgspec import Struct
 from app import errors, events
 from app.errors import Conflict, Invalid, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Json, Submission, Usage
+from app.frames import Frame
 from app.identity import Identity
 from app.log import canonical_hash, random_id, task_id_of
 from app.seam import Began, Ended, Gap, Reached, Selection
-from app.sse import Frame
 from app.task import STORED, Snapshot, Status, Task, task
 
 STATUS: Mapping[Status, str] = {

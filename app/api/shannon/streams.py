@@ -30,11 +30,13 @@ from app import events, metrics
 from app.api.shannon.spelling import SSE_NAME, clock, control, event_body, frame, statuses
 from app.errors import Invalid, NotFound, TaskcastError, Unavailable
 from app.events import Entry, Json
+from app.frames import Frame, Spelling, retry, spelling
 from app.hub import Pull
 from app.identity import Identity, caller
 from app.seam import MATCHING_MAX, Began, Ended, Gap, Item, Placed, Reached, Reader, Selection, order
-from app.sse import HEADERS, Frame, Later, Spelling, Stream, Streams, Visitor, retry, spelling, unstalled, wire_of
+from app.sse import HEADERS, Later, Stream
 from app.store import Store
+from app.streams import Streams, Visitor, unstalled, wire_of
 
 logger = structlog.get_logger()
 

@@ -1,0 +1,94 @@
+"""Frames: what a dialect says of an item, as the bytes of Server-Sent Events; spelled once for all who want the same."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import msgspec
+from msgspec import Struct
+from msgspec.structs import replace
+
+from app import metrics
+from app.events import Entry, Json
+from app.log import Logged
+from app.seam import Began, Ended, Gap, Item, Placed, Reached
+
+PING = b": ping\n"
+RETRY_MS = (2000, 5000)
+"""Jitter, so that the readers of a stopping server do not come back all at once."""
+
+
+class Frame(Struct, frozen=True, gc=False):
+    """One SSE event, as a dialect spells it."""
+
+    event: str
+    data: Json | str
+    """An object, or a text that is written as it is (`[DONE]`)."""
+    id: str = ""
+    types: frozenset[str] = frozenset()
+    """All names by which a `types` filter may ask for it."""
+
+
+def encode(frame: Frame) -> bytes:
+    """ASCII: httpx splits lines on U+0085 and U+2028 too, and would tear a frame there (tried)."""
+    data = frame.data
+    text = data.encode() if isinstance(data, str) else msgspec.json.encode(data)
+    if not (text.isascii() or isinstance(data, str)):  # ten times slower
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+    head = b"id: %b\n" % frame.id.encode() if frame.id else b""
+    return b"%bevent: %b\ndata: %b\n\n" % (head, frame.event.encode(), text)
+
+
+class Spelling:
+    """What readers who want the same get, as bytes. One for each dialect, filter and framing (`spelling`)."""
+
+    def __init__(
+        self,
+        frames: Callable[[Entry], list[Frame]],
+        control: Callable[[Gap | Began | Reached | Ended], Frame],
+        types: frozenset[str],
+        chunk: Callable[[bytes], bytes],
+    ) -> None:
+        """`control`'s frames pass every filter; `types` empty: so does all else. `chunk` frames a piece of a body."""
+        self._frames, self._control, self._types = frames, control, types
+        self.chunk = chunk
+
+    def live(self, one: Logged) -> tuple[bytes, int]:
+        """Of an entry whose cursor is its id, chunked, and how many frames that is; empty: the filter leaves nothing."""
+        frames = [encode(frame) for frame in self._frames(one.entry) if not self._types or self._types & frame.types]
+        one.spelled[self] = spelled = (self.chunk(b"".join(frames)) if frames else b"", len(frames))
+        return spelled
+
+    def body(self, items: Sequence[Item]) -> bytes:
+        """Not chunked."""
+        return b"".join(encode(frame) for item in items for frame in self._told(item))
+
+    def _told(self, item: Item) -> list[Frame]:
+        if not isinstance(item, Entry | Placed):
+            if isinstance(item, Gap):
+                metrics.GAPS.labels(item.reason).inc()
+            return [self._control(item)]
+        frames = self._frames(item if isinstance(item, Entry) else item.entry)
+        if isinstance(item, Placed):
+            frames = [replace(frame, id=item.cursor) if frame.id else frame for frame in frames]
+        return [frame for frame in frames if not self._types or self._types & frame.types]
+
+
+spelling = lru_cache(maxsize=256)(Spelling)
+"""The same one for the same wishes, so that its bytes are shared."""
+
+
+def frames_in(body: bytes) -> int:
+    """Each ends with the only blank line in it."""
+    return body.count(b"\n\n")
+
+
+def whole(data: bytes) -> bytes:
+    """As it is: the server frames what it is sent."""
+    return data
+
+
+def retry() -> bytes:
+    """Without a blank line, as PING."""
+    return b"retry: %d\n" % random.randint(*RETRY_MS)
