@@ -142,6 +142,7 @@ class Tail:
                 await asyncio.sleep(RETRY_SECONDS)
             except Exception:  # a tail that dies in silence looks like a quiet task for ever
                 logger.exception("tail.failed", partition=self._tag)
+                self._tell(Unavailable("The store's log cannot be read."))
                 await asyncio.sleep(RETRY_SECONDS)
 
     def _tell(self, error: Unavailable | None) -> None:
@@ -151,7 +152,7 @@ class Tail:
             return
         if error:
             placed.set_exception(error)
-            placed.exception()  # perhaps nobody waits any more
+            placed.exception()  # perhaps nobody waits any more, and a failure that nobody reads is reported
             self._placed = None
         else:
             placed.set_result(None)

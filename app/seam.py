@@ -10,7 +10,8 @@ concerns it; it gives its sink items, in order. The rule, which stands in `Place
 * Live, it takes only the next number. Anything above is a hole (the log was trimmed, failed over): back to replay.
   Anything at or below was seen.
 
-A `TaskReader` counts by a task's `seq`; a `ManyReader`, which reads the partitions' logs, by their dense counters.
+A `TaskReader` counts by a task's `seq`; a `ManyReader`, which reads the partitions' logs, by their dense counters. The
+file is long because both machines stand beside the rule that they share.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
