@@ -57,7 +57,7 @@ class Direct:
         self._asked = False
         """The hub has its wish for a page."""
         self._held = 0
-        """Unsent bytes at the last visit, and what was added since."""
+        """Unsent bytes at the last visit, and what was added to them since."""
         self._first: list[Item] = []
         """What it begins with, and has not left yet; the last one is the next."""
         self._stuck = 0.0
@@ -89,12 +89,14 @@ class Direct:
         """The hot path: every live event of every reader comes by."""
         if self.closed:
             return None
-        if self._unsent() > self._limit:
+        unsent = self._unsent()
+        if unsent > self._limit:
             return self._abort("slow")
         data, frames = one.spelled.get(self._spelling) or self._spelling.live(one)
         if frames:
             self._active = True
-            self._held += len(data)
+            if unsent:
+                self._held += len(data)
             streams = self._streams
             streams.frames += frames
             streams.bytes += len(data)

@@ -47,8 +47,8 @@ logger = structlog.get_logger()
 RETRY_SECONDS = 0.2
 """Between attempts of a tail whose store is away."""
 READ_PAUSE_SECONDS = 0.004
-"""Between two reads of a tail, at least: of a busy log they bring several entries then, and cost a third (measured). An
-entry that comes alone is not held up."""
+"""Between two reads of a tail, at least: of a busy log each brings several entries then. One that comes alone is not held
+up."""
 REPLAYS = 4
 """Pages that are read for replaying readers at the same time."""
 STATE_BATCH = 50
