@@ -216,14 +216,14 @@ class Log:
         """
         name = keys.key(tag, "log")
         block = int(BLOCK_SECONDS * 1000)
-        raw = await line.ask("XREAD", "COUNT", 500, "BLOCK", block, "STREAMS", name, after)
+        raw = await line.ask("XREAD", "COUNT", PAGE_ENTRIES, "BLOCK", block, "STREAMS", name, after)
         return [Logged(*item) for _, entries in raw or () for item in entries]
 
     async def entries(self, tag: str, after: str) -> "list[Logged]":
         """The next page of a partition's log, of all organisations."""
         return [
             Logged(*item)
-            for item in await self.door.read("XRANGE", keys.key(tag, "log"), f"({after}", "+", "COUNT", 500)
+            for item in await self.door.read("XRANGE", keys.key(tag, "log"), f"({after}", "+", "COUNT", PAGE_ENTRIES)
         ]
 
     async def replay(self, tag: str, org: str, after: str, *, limit: int, check: bool = False) -> "LogPage":

@@ -74,7 +74,6 @@ class Stream(Response):
         self.background = None
         self.init_headers(HEADERS)
         self._streams, self._hub, self._reader, self._spell = streams, hub, reader, spell
-        self._portable = spell(whole)
         self._pull: Pull | None = None
         self._hello, self._key = hello, key
 
@@ -88,7 +87,7 @@ class Stream(Response):
             await portable(scope, receive, send)
 
     def _idle(self) -> bytes:
-        return self._portable.body(reached(self._reader)) if self._pull and self._pull.told else b""
+        return self._spell(whole).body(reached(self._reader)) if self._pull and self._pull.told else b""
 
     async def _directly(self, wire: Wire, send: Send) -> None:
         refusal = self._streams.refusal(self._key)
@@ -117,11 +116,12 @@ class Stream(Response):
 
     async def _chunks(self, pull: Pull) -> AsyncIterator[bytes]:
         """The frames of each page, together, but not so many that a slow reader holds much."""
+        spelling = self._spell(whole)
         async for page in pull:
             frames: list[bytes] = []
             size = 0
             for item in page:
-                frames.append(self._portable.body([item]))
+                frames.append(spelling.body([item]))
                 size += len(frames[-1])
                 if size >= CHUNK_BYTES:
                     yield b"".join(frames)
