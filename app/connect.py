@@ -132,7 +132,7 @@ class Door:
 
     @asynccontextmanager
     async def blocking(self) -> AsyncIterator["Line"]:
-        """A connection of its own, for reads that wait."""
+        """A connection of its own, for reads that wait. One that breaks fails, and is not made again in silence."""
         line = Line(self._client)
         try:
             yield line
@@ -145,7 +145,7 @@ class Door:
 
 
 class Line:
-    """One connection, made when it is needed, and again after it broke. One trip at a time."""
+    """One connection, made by the first trip, and by the first one after a failure. One trip at a time."""
 
     def __init__(self, redis: Redis) -> None:
         self._made: Any = redis.connection_pool.connection_class(**redis.connection_pool.connection_kwargs)
@@ -165,8 +165,6 @@ class Line:
         """The replies; an error among them stands in its place. Whatever else goes wrong closes the connection."""
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
-                if self._replies and self._made._reader.at_eof():  # noqa: SLF001 (the server closed it while it idled)
-                    self.close()
                 if self._replies is None:
                     await self._made.connect()
                     # Python 3.11's `wait_for`, under which redis-py connects, may lose a cancel that comes as it succeeds.
@@ -189,6 +187,11 @@ class Line:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def ended(self) -> bool:
+        """The server closed it. A trip fails then; who needs nothing of this very connection closes it first."""
+        return self._replies is not None and self._made._reader.at_eof()  # noqa: SLF001
 
     def close(self) -> None:
         self._replies = None
@@ -250,6 +253,8 @@ class Lane:
         try:
             while self._asked:
                 batch, self._asked = self._asked[: self.BATCH_MAX], self._asked[self.BATCH_MAX :]
+                if self._line.ended:
+                    self._line.close()
                 try:
                     answers = await self._line.trip([command for command, _ in batch])
                 except asyncio.CancelledError:

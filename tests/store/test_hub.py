@@ -298,5 +298,15 @@ async def test_a_connection_that_the_store_closed_while_it_idled_is_made_again(s
     await running(store)
     async with store.door.blocking() as other:
         await other.ask("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-    await asyncio.sleep(0.01)  # its end has arrived
+    await wait_until(lambda: store.door._fast._line.ended, "the connection's end has arrived")
     await store.delete("o", "t")  # not repeatable: sent once, on a connection that works
+
+
+async def test_a_blocking_connection_that_the_store_closed_between_two_reads_says_so(store: Store) -> None:
+    """A tail must hear of it: the store may have lost entries that this connection had given."""
+    async with store.door.blocking() as line:
+        id_ = await line.ask("CLIENT", "ID")
+        await store.door.call("CLIENT", "KILL", "ID", id_)
+        await wait_until(lambda: line.ended, "the connection's end has arrived")
+        with pytest.raises(Unavailable):
+            await line.ask("PING")
