@@ -81,10 +81,14 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What the dialect alone reads back."""
     trace: Short = ""
     """The W3C traceparent that the work belongs to."""
-    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 3
+    max_attempts: Annotated[int, Meta(ge=0, le=100)] = 0
+    """0: what the worker's function says, else 3."""
     deadline_seconds: Seconds = 0
     """From acceptance to the end of the task; 0: none."""
+    ttl_seconds: Seconds = 0
+    """From acceptance to the first start; 0: it may wait for ever."""
     delay_seconds: Seconds = 0
+    """From acceptance to the first time that a worker may have it."""
     submission: str
     """Random per request: the same one twice is a repeat, never a second task."""
     body_hash: str = ""
@@ -109,8 +113,16 @@ class Continued(Event, frozen=True, kw_only=True, tag="continued"):
     deadline_seconds: Seconds = 0
 
 
+class Retried(Event, frozen=True, kw_only=True, tag="retried"):
+    """Somebody wants an ended task to be tried once more: the same turn, all its attempts anew."""
+
+    deadline_seconds: Seconds = 0
+
+
 class Started(Event, frozen=True, kw_only=True, tag="started"):
     worker: Short
+    max_attempts: Annotated[int, Meta(ge=0, le=100)] = 0
+    """Of the worker's function; counts when the task itself named none."""
 
 
 class PauseAsked(Event, frozen=True, kw_only=True, tag="pause_asked"):
@@ -120,7 +132,10 @@ class PauseAsked(Event, frozen=True, kw_only=True, tag="pause_asked"):
 class Paused(Event, frozen=True, kw_only=True, tag="paused"):
     """The handler reached a checkpoint and waits there."""
 
-    checkpoint: Json = {}
+    checkpoint: str = ""
+    """Its name."""
+    state: Json = {}
+    """What a later attempt goes on from, when this one does not live to see the pause's end."""
 
 
 class Resumed(Event, frozen=True, kw_only=True, tag="resumed"):
@@ -130,13 +145,19 @@ class Resumed(Event, frozen=True, kw_only=True, tag="resumed"):
 class Requeued(Event, frozen=True, kw_only=True, tag="requeued"):
     """The worker gave the task back: to retry after an error, or because it stops."""
 
+    error: str = ""
+    """What the attempt ended with; empty when nothing went wrong."""
     delay_seconds: Seconds = 0
+    """Until the next attempt may begin."""
     refund: bool = False
     """The attempt does not count against `max_attempts` (a worker that stops in good order)."""
 
 
 class LeaseLost(Event, frozen=True, kw_only=True, tag="lease_lost"):
-    pass
+    """The worker fell silent."""
+
+    refund: bool = False
+    """The attempt does not count: it only waited, for somebody's decision or for the end of a pause."""
 
 
 class Completed(Event, frozen=True, kw_only=True, tag="completed"):
@@ -160,6 +181,40 @@ class Cancelled(Event, frozen=True, kw_only=True, tag="cancelled"):
 
 class TimedOut(Event, frozen=True, kw_only=True, tag="timed_out"):
     error: str = "The task exceeded its deadline."
+
+
+class ApprovalRequested(Event, frozen=True, kw_only=True, tag="approval_requested"):
+    """The handler waits for a human's yes or no."""
+
+    approval: Short
+    """Names the request: the same in every attempt that asks the same."""
+    reason: str
+    payload: Json = {}
+
+
+class ApprovalDecided(Event, frozen=True, kw_only=True, tag="approval_decided"):
+    approval: Short
+    approved: bool
+    feedback: str = ""
+    payload: Json = {}
+
+
+class ReviewRequested(Event, frozen=True, kw_only=True, tag="review_requested"):
+    """The handler waits for a human's opinion of its plan."""
+
+    plan: str
+    version: Annotated[int, Meta(ge=1)]
+    """Counts all plans of the task."""
+    round: Annotated[int, Meta(ge=1)] = 1
+    """1 for a task's first plan; one more after each feedback."""
+
+
+class Reviewed(Event, frozen=True, kw_only=True, tag="reviewed"):
+    """An opinion of the plan of that version: approved as it is, or what should be different."""
+
+    version: Annotated[int, Meta(ge=1)]
+    approved: bool
+    feedback: str = ""
 
 
 class Restated(Event, frozen=True, kw_only=True, tag="restated"):
@@ -220,15 +275,10 @@ class Thinking(Event, frozen=True, kw_only=True, tag="thinking"):
     payload: Json = {}
 
 
-class ApprovalRequested(Event, frozen=True, kw_only=True, tag="approval_requested"):
-    approval: str
-    payload: Json = {}
+class ChildSubmitted(Event, frozen=True, kw_only=True, tag="child_submitted"):
+    """The task made a sub-task. The follow-up of this event creates it, in whichever partition it lives."""
 
-
-class ApprovalDecided(Event, frozen=True, kw_only=True, tag="approval_decided"):
-    approval: str
-    approved: bool
-    payload: Json = {}
+    task: Submission
 
 
 class PlanUpdated(Event, frozen=True, kw_only=True, tag="plan_updated"):
@@ -245,10 +295,15 @@ class Noted(Event, frozen=True, kw_only=True, tag="noted"):
 Lifecycle = (
     Submitted
     | Continued
+    | Retried
     | Started
     | PauseAsked
     | Paused
     | Resumed
+    | ApprovalRequested
+    | ApprovalDecided
+    | ReviewRequested
+    | Reviewed
     | Requeued
     | LeaseLost
     | Completed
@@ -268,8 +323,7 @@ Activity = (
     | AgentStarted
     | AgentCompleted
     | Thinking
-    | ApprovalRequested
-    | ApprovalDecided
+    | ChildSubmitted
     | PlanUpdated
     | Noted
 )

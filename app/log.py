@@ -150,17 +150,49 @@ class Log:
         One append at a time per attempt: after a store's restart pipelined ones may arrive out of order.
         Raises NotFound, Conflict, Stale, OutOfOrder, TooLarge, Unavailable, Full.
         """
-        assert not isinstance(event, events.Submitted | events.Started | events.Deleted), "these have their own steps"
         submission = event.submission if isinstance(event, events.Continued) else ""
-        place, head = self._place(org, task)
-        args: list[Arg] = [*head, org, task, events.tag(event), events.encode(event), rows(event)]
-        args += ["" if fence is None else fence, "" if n is None else n, operation, *seen, submission]
+        said = [("" if n is None else n, event)]
         repeat = bool(operation or submission) or (fence is not None and n is not None) or bool(seen[0])
-        answer = await self.door.run("append", [place], args, repeat=repeat)
-        code = answer[0].decode()
-        if code not in {"ok", "duplicate"}:
-            raise refusal(code, event, answer[4].decode())
-        return _appended(answer, duplicate=code == "duplicate")
+        (outcome,) = await self._append(org, task, said, fence, (operation, *seen, submission), repeat=repeat)
+        if isinstance(outcome, TaskcastError):
+            raise outcome
+        return outcome
+
+    async def extend(
+        self, org: str, task: str, said: Sequence[AnyEvent], *, fence: int, n: int
+    ) -> "list[Appended | TaskcastError]":
+        """Appends a worker's events under the numbers n, n + 1, … Each is a step of its own; all take one round trip.
+
+        Answers for each in turn. The first refusal is the last answer: what follows it was not looked at.
+        Raises Invalid and TooLarge, of any of them, before the first is sent; Unavailable, Full.
+        """
+        return await self._append(org, task, list(enumerate(said, n)), fence, ("", "", b"", ""), repeat=True)
+
+    async def _append(
+        self,
+        org: str,
+        task: str,
+        said: Sequence[tuple[int | str, AnyEvent]],
+        fence: int | None,
+        options: Sequence[Arg],
+        *,
+        repeat: bool,
+    ) -> "list[Appended | TaskcastError]":
+        place, head = self._place(org, task)
+        args: list[Arg] = [*head, org, task, "" if fence is None else fence, *options]
+        for n, event in said:
+            assert not isinstance(event, events.Submitted | events.Started | events.Deleted), (
+                "these are steps of their own"
+            )
+            args += [n, events.tag(event), events.encode(event), rows(event)]
+        outcomes: list[Appended | TaskcastError] = []
+        for answer, (_, event) in zip(await self.door.run("append", [place], args, repeat=repeat), said, strict=False):
+            code = answer[0].decode()
+            if code in {"ok", "duplicate"}:
+                outcomes.append(_appended(answer, duplicate=code == "duplicate"))
+            else:
+                outcomes.append(refusal(code, event, answer[4].decode()))
+        return outcomes
 
     async def delete(self, org: str, task: str, *, actor: str = "", seen: bytes = b"") -> Appended:
         """Removes the task and everything of it. `seen`: only if it ended at this score of the `ended` set.
@@ -373,10 +405,25 @@ def refusal(code: str, event: AnyEvent, status: str) -> TaskcastError:
             return OutOfOrder("An earlier event of this attempt is missing.", status)
         case "sum_full":
             return TooLarge("The task's or its session's usage would exceed what can be counted (2^53 - 1).")
+        case "guarded":
+            return Conflict(_moved_on(event), status)
         case "text_full":
             return TooLarge(f"The task's text would exceed {events.TEXT_BYTES_MAX} bytes.")
         case _:
             return Conflict(f"A task that is {status.replace('_', ' ')} cannot be {name}.", status)
+
+
+def _moved_on(event: AnyEvent) -> str:
+    """Why an event came too late, or to the wrong address, although the task's status would allow it."""
+    match event:
+        case events.Resumed():
+            return "The task waits for a decision and goes on with it: decide instead of resuming."
+        case events.ApprovalDecided():
+            return "This approval is not pending."
+        case events.Reviewed():
+            return "The plan has been updated, or was reviewed already: look at its latest version."
+        case _:
+            return f"The task has moved on: it cannot be {events.tag(event).replace('_', ' ')}."
 
 
 def task_id_of(secret: bytes, *parts: str) -> str:

@@ -7,9 +7,9 @@ consequence, and the guards of that append make all others' attempts harmless.
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import structlog
@@ -17,10 +17,10 @@ from msgspec import Struct
 
 from app import events, keys
 from app.connect import Arg, Door
-from app.errors import Conflict, NotFound, Unavailable
+from app.errors import Conflict, NotFound, TaskcastError, Unavailable
 from app.log import Log, Partitions, limits
 from app.settings import Settings
-from app.task import rows
+from app.task import MAX_ATTEMPTS, PAUSED, Task, rows, task
 
 logger = structlog.get_logger()
 
@@ -29,14 +29,20 @@ DUE_MAX = 200
 
 
 FORGET_MAX = 200
+FOLLOW_MAX = 200
+"""Follow-ups that one pass takes from a partition."""
 SWEEP_SECONDS = 1.0
 """An idle worker looks again after this time: a delayed task makes no wake-up call."""
 
 
-class Claimed(Struct, frozen=True):
+class Claimed(Struct, eq=False):
+    """One claim of one task."""
+
     org: str
     task: str
     fence: int
+    found: Task
+    """As it stood right after its start."""
 
 
 class Queues:
@@ -48,31 +54,45 @@ class Queues:
         self.lease_ms = round(settings.lease_seconds * 1000)
         self._turn = 0
 
-    async def claim(self, queues: Sequence[str], worker: str, free: int) -> list[Claimed]:
-        """At most `free` ready tasks, each started and leased to this worker."""
+    async def claim(
+        self,
+        queues: Sequence[str] | Mapping[str, int],
+        worker: str,
+        free: int,
+        *,
+        org: str = "",
+        claim: str = "",
+        lease_seconds: float = 0,
+    ) -> list[Claimed]:
+        """At most `free` ready tasks, each started and leased to this worker, oldest first.
+
+        `queues` may say how many attempts a task gets there that names no number itself (0: 3). `org`: only of that
+        organisation. `claim`: a random name; the same one again, within 60 s, gets the same tasks.
+        """
         claimed: list[Claimed] = []
-        event = events.Started(actor=f"worker:{worker}", message="Task started.", worker=worker)
+        attempts = queues if isinstance(queues, Mapping) else dict.fromkeys(queues, 0)
+        started = {queue: _started(worker, count) for queue, count in attempts.items()}
+        claim = claim or secrets.token_hex(16)
+        lease_ms = round(lease_seconds * 1000) or self.lease_ms
         # Each call begins at another partition, so that none starves.
         tags = self.partitions.tags
         self._turn = (self._turn + 1) % len(tags)
         for tag in tags[self._turn :] + tags[: self._turn]:
             if len(claimed) == free:
                 break
-            args: list[Arg] = [
-                keys.prefix(tag),
-                self._limits,
-                secrets.token_hex(16),
-                free - len(claimed),
-                self.lease_ms,
-            ]
-            args += [events.encode(event), rows(event), *dict.fromkeys(queues)]
+            args: list[Arg] = [keys.prefix(tag), self._limits, claim, free - len(claimed), lease_ms, org]
+            for queue, said in started.items():
+                args += [queue, *said]
             try:
                 raw = await self.door.run("claim", [keys.key(tag, "leases")], args, repeat=True)
             except Unavailable:
                 if not claimed:
                     raise
                 break  # what other partitions have handed out must not wait for this one
-            claimed += [Claimed(org.decode(), task.decode(), int(fence)) for org, task, fence in raw]
+            for org_, id_, fence, flat in raw:
+                fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+                if fields:  # a repeated claim may name a task that was deleted since
+                    claimed.append(Claimed(org_.decode(), id_.decode(), int(fence), task(fields)))
         return claimed
 
     async def renew(self, held: Sequence[Claimed]) -> dict[Claimed, str]:
@@ -123,19 +143,70 @@ class Queues:
         count = 0
         for tag in self.partitions.tags:
             sets = [keys.key(tag, "leases"), keys.key(tag, "due")]
-            for what, member, score, attempt, max_attempts in await self.door.run(
+            for what, member, score, *state in await self.door.run(
                 "due", sets, [keys.prefix(tag), self._limits, DUE_MAX], repeat=True
             ):
-                ((org, task),) = keys.of_members([member])
-                event: events.AnyEvent = events.TimedOut(actor="taskcast", message="The task exceeded its deadline.")
+                ((org, id_),) = keys.of_members([member])
+                status, attempt, max_attempts, refunds, expires_at = (value.decode() for value in state)
+                event: events.AnyEvent
                 if what == b"leases":
-                    event = lost(int(attempt), int(max_attempts))
+                    left = int(max_attempts or MAX_ATTEMPTS) + int(refunds or 0) - int(attempt or 0)
+                    event = lost(status, int(attempt or 0), left)
+                else:
+                    event = late(expired=bool(expires_at) and int(expires_at) // 1000 == int(score))
                 # Somebody else's tick, a renewal or the task's own end came first: then this one is not due.
                 with suppress(Conflict, NotFound):
-                    await self.log.append(org, task, event, seen=(what.decode(), score))
-                    logger.info("task.due", task_id=task, org=org, consequence=events.tag(event))
+                    await self.log.append(org, id_, event, seen=(what.decode(), score))
+                    logger.info("task.due", task_id=id_, org=org, consequence=events.tag(event))
                     count += 1
+        return count + await self.follow_up()
+
+    async def follow_up(self) -> int:
+        """Takes the steps that events asked for in other partitions; returns how many.
+
+        Each may be taken twice, by two processes at once, and leaves its list when it was taken. Of one task they are
+        taken in order: a sub-task is made before it is cancelled with its parent.
+        """
+        total = 0
+        # A step may ask for further ones: a child that is cancelled may have children.
+        while count := sum([await self._follow_up(tag) for tag in self.partitions.tags]):
+            total += count
+        return total
+
+    async def _follow_up(self, tag: str) -> int:
+        count = 0
+        held_up: set[str] = set()
+        name = keys.key(tag, "followups")
+        for item in await self.door.read("LRANGE", name, 0, FOLLOW_MAX - 1):
+            place, _, event = item.partition(b" ")
+            member, _, seq = place.decode().rpartition("/")
+            if member in held_up:
+                continue
+            ((org, id_),) = keys.of_members([member.encode()])
+            try:
+                await self._follow(org, id_, seq, events.decode(event))
+            except Unavailable:
+                held_up.add(member)
+                continue
+            except TaskcastError:  # it will not get better, and must not hold up the others
+                logger.exception("followup.dropped", task_id=id_, org=org, seq=seq)
+            await self.door.call("LREM", name, 1, item, repeat=True)
+            count += 1
         return count
+
+    async def _follow(self, org: str, id_: str, seq: str, event: events.AnyEvent) -> None:
+        if isinstance(event, events.ChildSubmitted):
+            with suppress(Conflict):  # the id is taken: who asked for it sees whose it is
+                await self.log.submit(event.task, actor=event.actor)
+            return
+        why = "cancelled" if isinstance(event, events.Cancelled) else "timed out"
+        cancelled = events.Cancelled(
+            actor="taskcast", message="Task cancelled.", reason=f"Its parent task {id_} was {why}."
+        )
+        for tag in self.partitions.tags:
+            for child in await self.door.read("ZRANGE", keys.index(tag, org, "parent", id_), 0, -1):
+                with suppress(Conflict, NotFound):
+                    await self.log.append(org, child.decode(), cancelled, operation=f"with:{id_}:{seq}")
 
     async def running(self) -> int:
         """How many tasks workers hold."""
@@ -149,18 +220,27 @@ class Queues:
         for tag in self.partitions.tags:
             command = ("ZRANGEBYSCORE", keys.key(tag, "ended"), "-inf", until, "WITHSCORES", "LIMIT", 0, FORGET_MAX)
             raw = await self.door.read(*command)
-            for (org, task), score in zip(keys.of_members(raw[::2]), raw[1::2], strict=True):
+            for (org, id_), score in zip(keys.of_members(raw[::2]), raw[1::2], strict=True):
                 # A new turn may have begun since: then it has not ended.
                 with suppress(Conflict, NotFound):
-                    await self.log.delete(org, task, actor="taskcast", seen=score)
-                    logger.info("task.forgotten", task_id=task, org=org)
+                    await self.log.delete(org, id_, actor="taskcast", seen=score)
+                    logger.info("task.forgotten", task_id=id_, org=org)
                     count += 1
         return count
 
 
-def lost(attempt: int, max_attempts: int) -> events.LeaseLost | events.Errored:
-    """What follows when a worker falls silent."""
-    if attempt < max_attempts:
+@lru_cache
+def _started(worker: str, max_attempts: int) -> tuple[bytes, bytes]:
+    """A worker's `started`, and its rows: the same for all tasks of a queue."""
+    event = events.Started(actor=f"worker:{worker}", message="Task started.", worker=worker, max_attempts=max_attempts)
+    return events.encode(event), rows(event)
+
+
+def lost(status: str, attempt: int, attempts_left: int) -> events.LeaseLost | events.Errored:
+    """What follows when a worker falls silent. Waiting for a human costs no attempt."""
+    if status == PAUSED:
+        return events.LeaseLost(actor="taskcast", message="The task lost its worker while it was paused.", refund=True)
+    if attempts_left > 0:
         return events.LeaseLost(
             actor="taskcast", message=f"Attempt {attempt} lost its worker; the task is queued again."
         )
@@ -170,3 +250,11 @@ def lost(attempt: int, max_attempts: int) -> events.LeaseLost | events.Errored:
         message="The task lost its worker too often.",
         error=f"The worker stopped answering ({times}).",
     )
+
+
+def late(*, expired: bool) -> events.TimedOut:
+    """What follows a deadline: the task's own, or (`expired`) that of its first start."""
+    if expired:
+        message = "The task waited in its queue for longer than its time to live."
+        return events.TimedOut(actor="taskcast", message=message, error=message)
+    return events.TimedOut(actor="taskcast", message="The task exceeded its deadline.")

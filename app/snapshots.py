@@ -22,7 +22,7 @@ from app.task import EMPTY, LEASED, OPEN, QUEUED, TERMINAL, Snapshot, Status, Ta
 WALK_MAX = 10_000
 """Steps of a filtered walk, and depth of a merged list; beyond, the total is marked as capped."""
 
-_LARGE = frozenset({"context", "extra", "result", "checkpoint"})
+_LARGE = frozenset({"context", "extra", "result", "checkpoint", "request", "plan"})
 LISTED = tuple(name for name in Task.__struct_fields__ if name not in _LARGE)
 """What a list reads of each task: everything but what may be large."""
 
@@ -218,7 +218,7 @@ class Snapshots:
 
     async def _verify_sets(self, tag: str, expected: "Expected") -> AsyncIterator[Difference]:
         sets = expected.scored(tag)
-        for pattern in ("index:*", "sessions:*", "ready:*"):
+        for pattern in ("index:*", "sessions:*", "ready:*", "ready-of:*"):
             async for name in self._scan(keys.prefix(tag) + pattern):
                 sets.setdefault(name, {})
         for name, members in sets.items():
@@ -260,7 +260,7 @@ class Snapshots:
                     await self.door.call("SET", text, folded.text)
                 expected.add(tag, org, folded)
                 count += 1
-            for pattern in ("index:*", "sessions:*", "totals:*", "ready:*"):
+            for pattern in ("index:*", "sessions:*", "totals:*", "ready:*", "ready-of:*"):
                 async for name in self._scan(keys.prefix(tag) + pattern):
                     await self.door.call("DEL", name)
             for name, members in expected.scored(tag).items():
@@ -372,7 +372,7 @@ class Expected:
         self._forgotten = forgotten
         self.sets: dict[str, dict[str, int]] = defaultdict(dict)
         self.totals: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        self._waiting: dict[str, dict[str, int]] = defaultdict(dict)
+        self._waiting: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
         self._leased: dict[str, int] = {}
         self._due: dict[str, int] = {}
         self._ended: dict[str, int] = {}
@@ -388,6 +388,8 @@ class Expected:
         states: list[tuple[str, ...]] = [(), ("owner", found.owner)]
         states += [(kind, value) for kind, value in whole.items() if value]
         places += [("status", found.status.value, *state) for state in states]
+        if found.waits:
+            places += [("waiting",), ("waiting", "owner", found.owner)]
         if found.internal_status:
             places.append(("internal", found.internal_status))
         for place in places:
@@ -404,12 +406,15 @@ class Expected:
                 seen[found.session] = min(found.created_at, seen.get(found.session, found.created_at))
         if found.status is QUEUED:
             head_start = {1: 60_000_000, 2: 600_000_000}.get(found.priority, 0)
-            self._waiting[found.queue][member] = found.ready_at or found.queued_at - head_start
+            score = found.ready_at or found.queued_at - head_start
+            self._waiting["ready", found.queue][member] = score
+            self._waiting["ready-of", f"{org}:{found.queue}"][member] = score
         # Without a worker an owner stated it (`restated`): nobody renews, nothing expires.
         if found.status in LEASED and found.worker:
             self._leased[member] = 0
-        if found.deadline_at and found.status in OPEN:
-            self._due[member] = found.deadline_at // 1000
+        deadlines = [at for at in (found.deadline_at, found.expires_at) if at]
+        if deadlines and found.status in OPEN:
+            self._due[member] = min(deadlines) // 1000
         if found.status in TERMINAL:
             self._ended[member] = found.finished_at
         self.tasks += 1
@@ -418,7 +423,7 @@ class Expected:
         """Every sorted set of the partition: key → member and score."""
         return {
             **self.sets,
-            **{keys.key(tag, "ready", queue): members for queue, members in self._waiting.items()},
+            **{keys.key(tag, *place): members for place, members in self._waiting.items()},
             keys.key(tag, "leases"): self._leased,
             keys.key(tag, "due"): self._due,
             keys.key(tag, "ended"): self._ended,

@@ -4,15 +4,18 @@ Nobody above this file says Redis; nobody below it says HTTP.
 """
 
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 from app.connect import Door
 from app.embedded import Embedded
+from app.errors import Unavailable
+from app.events import AnyEvent
 from app.hub import Hub, Pull
-from app.log import Log, Partitions, open_partitions
+from app.log import Appended, Log, Partitions, open_partitions
 from app.queues import Queues
 from app.settings import Settings
 from app.snapshots import Snapshots
+from app.task import FOLLOWED
 
 
 class Store:
@@ -26,11 +29,30 @@ class Store:
         self.snapshots = Snapshots(door, partitions, settings)
         self.queues = Queues(door, partitions, settings, self.log)
         self.hub = Hub(door, partitions, self.log, self.snapshots)
-        self.submit, self.append, self.delete = self.log.submit, self.log.append, self.log.delete
+        self.submit, self.extend, self.delete = self.log.submit, self.log.extend, self.log.delete
         self.events = self.log.read
         self.get, self.list = self.snapshots.get, self.snapshots.list
         self.claim, self.renew = self.queues.claim, self.queues.renew
         self.watch = self.hub.watch
+
+    async def append(
+        self,
+        org: str,
+        task: str,
+        event: AnyEvent,
+        *,
+        fence: int | None = None,
+        n: int | None = None,
+        operation: str = "",
+    ) -> Appended:
+        """`Log.append`. What the event asks for in other tasks is done at once, as far as these can be reached; the
+        ticker does the rest.
+        """
+        appended = await self.log.append(org, task, event, fence=fence, n=n, operation=operation)
+        if isinstance(event, FOLLOWED):
+            with suppress(Unavailable):
+                await self.queues.follow_up()
+        return appended
 
     def follow(
         self, org: str, task: str, after: str, *, snapshot: bool = False, strict: bool = False

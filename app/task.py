@@ -64,10 +64,15 @@ _STAY_OPEN = {status: status for status in OPEN}
 TABLE: dict[type[Event], dict[Status, Status]] = {
     events.Submitted: {NEW: QUEUED},
     events.Continued: dict.fromkeys(sorted(TERMINAL), QUEUED),
+    events.Retried: dict.fromkeys(sorted(TERMINAL - {COMPLETED}), QUEUED),
     events.Started: {QUEUED: RUNNING},
     events.PauseAsked: {QUEUED: HELD, RUNNING: PAUSED},
     events.Paused: {PAUSED: PAUSED},
     events.Resumed: {PAUSED: RUNNING, HELD: QUEUED},
+    events.ApprovalRequested: {RUNNING: PAUSED},
+    events.ApprovalDecided: {PAUSED: RUNNING, HELD: QUEUED},
+    events.ReviewRequested: {RUNNING: PAUSED},
+    events.Reviewed: {PAUSED: RUNNING, HELD: QUEUED},
     events.Requeued: {RUNNING: QUEUED, PAUSED: HELD},
     events.LeaseLost: {RUNNING: QUEUED, PAUSED: HELD},
     events.Completed: {QUEUED: COMPLETED, RUNNING: COMPLETED, PAUSED: COMPLETED},
@@ -76,9 +81,9 @@ TABLE: dict[type[Event], dict[Status, Status]] = {
     events.Cancelled: dict.fromkeys(OPEN, CANCELLED),
     events.TimedOut: dict.fromkeys(OPEN, TIMED_OUT),
     events.Deleted: dict.fromkeys(STORED, GONE),
-    # Approvals are decided from outside, perhaps while nobody runs the task; a note may warn of a stale worker
-    # after its task went back to the queue. All other activity is the running attempt's.
-    events.ApprovalDecided: _STAY_OPEN,
+    # A note may warn of a stale worker after its task went back to the queue, and a sub-task be made by somebody who
+    # is no worker. All other activity is the running attempt's.
+    events.ChildSubmitted: _STAY_OPEN,
     events.Noted: _STAY_OPEN,
     events.Progressed: _STAY_LEASED,
     events.TextDelta: _STAY_LEASED,
@@ -88,7 +93,6 @@ TABLE: dict[type[Event], dict[Status, Status]] = {
     events.AgentStarted: _STAY_LEASED,
     events.AgentCompleted: _STAY_LEASED,
     events.Thinking: _STAY_LEASED,
-    events.ApprovalRequested: _STAY_LEASED,
     events.PlanUpdated: _STAY_LEASED,
 }
 """Event → status before → status after. What is not here is a Conflict. `restated` stands in `RESTATED`."""
@@ -107,7 +111,11 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     status: str = ""
     """The status after; empty: the same."""
+    guard: dict[str, str] = {}
+    """What fields must hold, or the event is refused; empty: they must be absent."""
     set: dict[str, str] = {}
+    fill: dict[str, str] = {}
+    """Set where absent."""
     add: dict[str, int] = {}
     spend: dict[str, int] = {}
     """Added to the task's and to its session's totals."""
@@ -123,13 +131,26 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     lease: str = ""
     """`remove`: no worker holds it any more."""
     due: str = ""
-    """`add` or `remove` the deadline."""
+    """`set` to the earliest of the task's deadlines, or `remove`."""
     ended: str = ""
     """`add` to, or `remove` from, the tasks that have ended."""
+    follow: str = ""
+    """A field: if the task has it, the event has a follow-up in other partitions (`queues.Queues.follow_up`)."""
 
 
-ENDED = ("deadline_at", "error", "result", "result_type", "finished_at", "cancel_reason", "cancelled_by")
-PAUSE = ("paused_at", "pause_reason", "paused_by")
+FOLLOWED = (events.ChildSubmitted, events.Cancelled, events.TimedOut)
+"""The events whose changes may name a `follow`."""
+ENDED = ("deadline_at", "expires_at", "error", "result", "result_type", "finished_at", "cancel_reason", "cancelled_by")
+PAUSE = ("paused_at", "pause_reason", "paused_by", "waits", "request")
+"""What a pause leaves in the snapshot until it ends, whether somebody asked for it or the handler waits for a human."""
+
+
+ATTEMPT = ("progress", "ready_at")
+"""What one attempt leaves that the next one must not find."""
+ATTEMPTS = (*ATTEMPT, "refunds")
+"""What all attempts of a turn leave that the next turn must not find."""
+MAX_ATTEMPTS = 3
+"""Of a task of which neither its submission nor its worker's function says how many."""
 
 
 def targets(event: AnyEvent) -> dict[Status, Status]:
@@ -157,15 +178,19 @@ def _change(event: AnyEvent, before: Status, after: Status) -> Change:
     if after is before:
         return row
     stamp, clear = list(row.stamp), list(row.clear)
+    if before in {PAUSED, HELD} and after not in {PAUSED, HELD}:
+        clear += PAUSE
     if after in TERMINAL:
         stamp.append("finished_at")
-        clear += PAUSE
     elif before in TERMINAL:
         clear += ENDED
     if after is QUEUED:
         stamp.append("queued_at")
     if before in LEASED and after not in LEASED:
         clear.append("worker")
+    begins = before in {QUEUED, HELD} and after in LEASED
+    if begins:
+        clear.append("expires_at")
     return msgspec.structs.replace(
         row,
         status=after.value,
@@ -173,7 +198,7 @@ def _change(event: AnyEvent, before: Status, after: Status) -> Change:
         clear=tuple(name for name in clear if name not in row.set and name not in row.later),
         ready="add" if after is QUEUED else "remove" if before is QUEUED else "",
         lease="remove" if before in LEASED and after not in LEASED else "",
-        due="remove" if after in TERMINAL or after is GONE else row.due,
+        due="remove" if after in TERMINAL or after is GONE else "set" if begins else row.due,
         ended="add" if after in TERMINAL else "remove" if before in TERMINAL else "",
     )
 
@@ -186,8 +211,8 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             return Change(
                 set=_submitted_fields(task),
                 stamp=("created_at",),
-                later=_times(deadline=task.deadline_seconds, delay=task.delay_seconds),
-                due="add" if task.deadline_seconds else "",
+                later=_times(deadline=task.deadline_seconds, delay=task.delay_seconds, ttl=task.ttl_seconds),
+                due="set" if task.deadline_seconds or task.ttl_seconds else "",
             )
         case events.Continued():
             fields = {"query": event.query, "title": event.title, "submission": event.submission, "attempt": "0"}
@@ -195,37 +220,68 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             return Change(
                 set={name: value for name, value in fields.items() if value},
                 add={"turn": 1},
-                clear=("started_at", "progress", "checkpoint", "deadline_at", "internal_status", "ready_at"),
-                later=_times(deadline=event.deadline_seconds, delay=0),
+                clear=("started_at", "checkpoint", "internal_status", "plan", "review", "review_round", *ATTEMPTS),
+                later=_times(deadline=event.deadline_seconds),
                 text="clear",
-                due="add" if event.deadline_seconds else "",
+                due="set" if event.deadline_seconds else "",
+            )
+        case events.Retried():
+            return Change(
+                set={"attempt": "0"},
+                clear=ATTEMPTS,
+                later=_times(deadline=event.deadline_seconds),
+                text="clear",
+                due="set" if event.deadline_seconds else "",
             )
         case events.Started():
-            return Change(set={"worker": event.worker, "n": "0"}, add={"fence": 1, "attempt": 1}, stamp=("started_at",))
+            return Change(
+                set={"worker": event.worker, "n": "0"},
+                fill={"max_attempts": str(event.max_attempts)} if event.max_attempts else {},
+                add={"fence": 1, "attempt": 1},
+                stamp=("started_at",),
+            )
         case events.PauseAsked():
             fields = {"pause_reason": event.reason, "paused_by": event.actor}
             return Change(set={name: value for name, value in fields.items() if value}, stamp=("paused_at",))
         case events.Paused():
-            return Change(set={"checkpoint": text(event.checkpoint)} if event.checkpoint else {})
+            return Change(set={"checkpoint": text(event.state)} if event.state else {})
         case events.Resumed():
-            return Change(clear=PAUSE)
+            return Change(guard={"waits": ""})
+        case events.ApprovalRequested():
+            request = text({"reason": event.reason, "payload": event.payload})
+            fields = {"waits": f"approval:{event.approval}", "request": request}
+            fields |= {"pause_reason": event.reason, "paused_by": event.actor}
+            return Change(set={name: value for name, value in fields.items() if value}, stamp=("paused_at",))
+        case events.ApprovalDecided():
+            return Change(guard={"waits": f"approval:{event.approval}"})
+        case events.ReviewRequested():
+            fields = {"waits": f"review:{event.version}", "plan": event.plan, "review": "reviewing"}
+            fields |= {"review_round": str(event.round), "review_version": str(event.version), "paused_by": event.actor}
+            return Change(set={name: value for name, value in fields.items() if value}, stamp=("paused_at",))
+        case events.Reviewed():
+            guard = {"waits": f"review:{event.version}"}
+            return Change(guard=guard, set={"review": "approved"} if event.approved else {})
         case events.Requeued():
             return Change(
-                add={"max_attempts": 1} if event.refund else {},
-                clear=("progress", "ready_at"),
-                later=_times(deadline=0, delay=event.delay_seconds),
+                add={"refunds": 1} if event.refund else {},
+                clear=ATTEMPT,
+                later=_times(delay=event.delay_seconds),
                 text="clear",
             )
         case events.LeaseLost():
-            return Change(clear=("progress", "ready_at"), text="clear")
+            return Change(add={"refunds": 1} if event.refund else {}, clear=ATTEMPT, text="clear")
+        case events.ChildSubmitted():
+            return Change(add={"children": 1}, follow="id")
         case events.Completed():
             fields = {"result": event.result, "result_type": event.result_type, "progress": "1"}
             return Change(set={**fields, **_model(event.usage)}, spend=_usage(event.usage))
-        case events.Failed() | events.Errored() | events.TimedOut():
+        case events.Failed() | events.Errored():
             return Change(set={"error": event.error})
+        case events.TimedOut():
+            return Change(set={"error": event.error}, follow="children")
         case events.Cancelled():
             fields = {"cancel_reason": event.reason, "cancelled_by": event.actor}
-            return Change(set={name: value for name, value in fields.items() if value})
+            return Change(set={name: value for name, value in fields.items() if value}, follow="children")
         case events.Restated():
             fields = {"result": event.result or "", "internal_status": event.internal_status or ""}
             gone = [
@@ -235,10 +291,9 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             ]
             paused = ("paused_at",) if event.to in {PAUSED, HELD} and before not in {PAUSED, HELD} else ()
             started = ("started_at",) if event.to == RUNNING and before is not RUNNING else ()
-            resumed = PAUSE if event.to not in {"", PAUSED, HELD} else ()
             return Change(
                 set={name: value for name, value in fields.items() if value},
-                clear=(*gone, *resumed),
+                clear=tuple(gone),
                 stamp=paused + started,
             )
         case events.Progressed():
@@ -271,15 +326,15 @@ def _submitted_fields(task: events.Submission) -> dict[str, str]:
         "extra": text(task.extra) if task.extra else "",
         "trace": task.trace,
         "turn": "1",
-        "max_attempts": str(task.max_attempts),
+        "max_attempts": str(task.max_attempts or ""),
         "submission": task.submission,
         "body_hash": task.body_hash,
     }
     return {name: value for name, value in fields.items() if value}
 
 
-def _times(*, deadline: float, delay: float) -> dict[str, int]:
-    seconds = {"deadline_at": deadline, "ready_at": delay}
+def _times(*, deadline: float = 0, delay: float = 0, ttl: float = 0) -> dict[str, int]:
+    seconds = {"deadline_at": deadline, "ready_at": delay, "expires_at": ttl}
     return {name: round(value * 1_000_000) for name, value in seconds.items() if value}
 
 
@@ -324,8 +379,6 @@ CONSTANT = (
     events.Thinking,
     events.AgentStarted,
     events.AgentCompleted,
-    events.ApprovalRequested,
-    events.ApprovalDecided,
     events.PlanUpdated,
 )
 
@@ -383,12 +436,16 @@ def apply(snapshot: Snapshot, entry: Entry) -> Snapshot:
     if change is None:
         sentence = f"A task that is {snapshot.status} cannot be {events.tag(entry.event)}."
         raise Conflict(sentence, snapshot.status)
+    if any(snapshot.fields.get(name, "") != value for name, value in change.guard.items()):
+        raise Conflict(f"The task has moved on: it cannot be {events.tag(entry.event)}.", snapshot.status)
     if change.status == GONE:
         return EMPTY
     fields = dict(snapshot.fields)
     for name in change.clear:
         fields.pop(name, None)
     fields.update(change.set)
+    for name, value in change.fill.items():
+        fields.setdefault(name, value)
     for name, count in (*change.add.items(), *change.spend.items()):
         fields[name] = str(int(fields.get(name, "0")) + count)
     for name in change.stamp:
@@ -459,7 +516,10 @@ class Task(Struct, frozen=True, kw_only=True):
     priority: int = 0
     turn: int = 1
     attempt: int = 0
-    max_attempts: int = 3
+    max_attempts: int = MAX_ATTEMPTS
+    refunds: int = 0
+    """Attempts that do not count: their workers stopped in good order, or they only waited."""
+    children: int = 0
     fence: int = 0
     n: int = 0
     size: int = 0
@@ -468,12 +528,24 @@ class Task(Struct, frozen=True, kw_only=True):
     finished_at: int = 0
     paused_at: int = 0
     deadline_at: int = 0
+    expires_at: int = 0
+    """When it is too late for the first start."""
     ready_at: int = 0
     pause_reason: str = ""
     paused_by: str = ""
     cancel_reason: str = ""
     cancelled_by: str = ""
     checkpoint: Json = {}
+    waits: str = ""
+    """`approval:<id>` or `review:<version>`: what a human has to decide; empty: nothing."""
+    request: Json = {}
+    """Of that approval: reason, payload."""
+    plan: str = ""
+    """The last one that was put up for review in this turn."""
+    review: str = ""
+    """`reviewing` or `approved`; empty: there was none."""
+    review_round: int = 0
+    review_version: int = 0
     progress: float = 0.0
     result: str = ""
     result_type: str = ""
@@ -489,11 +561,16 @@ class Task(Struct, frozen=True, kw_only=True):
         return self.status in TERMINAL
 
     @property
+    def attempts_left(self) -> int:
+        """After the present one."""
+        return self.max_attempts + self.refunds - self.attempt
+
+    @property
     def total_tokens(self) -> int:
         return self.input_tokens + self.output_tokens
 
 
-_JSON_FIELDS = ("context", "extra", "checkpoint")
+_JSON_FIELDS = ("context", "extra", "checkpoint", "request")
 
 
 def task(fields: Mapping[str, str]) -> Task:

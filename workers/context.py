@@ -357,7 +357,7 @@ class Context:
 
     # Control.
 
-    async def checkpoint(self, state: Json | None = None) -> None:
+    async def checkpoint(self, name: str, state: Json | None = None) -> None:
         """A place to pause at: when a pause was asked, keeps `state` in the task and returns once it is resumed.
 
         Otherwise it costs nothing and keeps nothing. When the worker ends during the pause, a later attempt finds
@@ -369,7 +369,7 @@ class Context:
         while attempt.paused:
             seen = attempt.seq
             try:
-                await self._say(events.Paused(message="Task paused.", checkpoint=state or {}))
+                await self._say(events.Paused(message="Task paused.", checkpoint=name, state=state or {}))
             except Conflict:  # resumed in the same moment; perhaps even paused again, which is news of its own
                 if attempt.seq == seen:
                     attempt.hear(Status.RUNNING)

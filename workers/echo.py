@@ -44,7 +44,7 @@ async def echo(task: Task, ctx: Context, *, echo: Pace | None = None) -> str:
     steps = pace.steps or min(max(len(words), 1), STEPS_MAX)
     await ctx.agent_started(AGENT)
     for step in range(steps):
-        await ctx.checkpoint({"step": step})
+        await ctx.checkpoint("step", {"step": step})
         if pace.delay_ms:
             await asyncio.sleep(pace.delay_ms / 1000)
         await ctx.text("".join(words[len(words) * step // steps : len(words) * (step + 1) // steps]))

@@ -94,7 +94,7 @@ async def llm(
     # OpenAI's newer models refuse `max_tokens`; other endpoints know no other name.
     renamed = endpoint.provider == "openai"
 
-    await ctx.checkpoint()
+    await ctx.checkpoint("pre_execution")
     answer = Answer()
     async with endpoint.client() as client:
         try:

@@ -62,7 +62,7 @@ def conclusion(handler: Handler, context: Context, work: asyncio.Task[Result]) -
             text = short(str(leaf)) or "The task failed."
             return [events.Failed(message=text, error=text)]
     task = context.task
-    if all(isinstance(leaf, handler.retry) for leaf in leaves) and task.attempt < task.max_attempts:
+    if all(isinstance(leaf, handler.retry) for leaf in leaves) and task.attempts_left > 0:
         seconds = backoff_seconds(task.attempt)
         said = f"Attempt {task.attempt} ended with {sentence(leaves[0])}; the next one begins in {seconds} s."
         return [events.Requeued(message=said, delay_seconds=seconds)]

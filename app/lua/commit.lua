@@ -38,7 +38,7 @@ end
 
 local NAMES = { 'status', 'last_seq', 'size', 'fence', 'attempt', 'n', 'owner', 'user', 'agent', 'session', 'parent',
   'trigger', 'queue', 'priority', 'created_at', 'ready_at', 'deadline_at', 'internal_status', 'text_agent',
-  'submission', 'body_hash', 'id', 'last_event_id', 'max_attempts' }
+  'submission', 'body_hash', 'id', 'last_event_id', 'max_attempts', 'refunds', 'expires_at', 'waits', 'children' }
 
 -- The fields of a snapshot that scripts look at; nil when there is no such task.
 local function load(org, id)
@@ -80,11 +80,20 @@ local function status_indexes_of(fields, org, status)
   return indexes_of(fields, org .. ':status:' .. status, { 'agent', 'user', 'session' })
 end
 
+local function waiting_indexes_of(fields, org) return indexes_of(fields, org .. ':waiting', {}) end
+
 local function internal_index_of(org, value) return key('index', org .. ':internal:' .. value) end
 
 local function touch(kind, name)
   local found = redis.call('TYPE', name).ok
   if found ~= kind and found ~= 'none' then error({ err = 'WRONGTYPE ' .. name .. ' is a ' .. found }) end
+end
+
+-- When the ticker has to look at the task: the earlier of its two deadlines, or nil.
+local function due_of(fields)
+  local deadline, expiry = tonumber(fields.deadline_at), tonumber(fields.expires_at)
+  if deadline and expiry then return math.min(deadline, expiry) end
+  return deadline or expiry
 end
 
 -- plan: org, id, fields (before; {} for a new task), change, type, event (JSON), n ('' when no worker spoke),
@@ -97,10 +106,14 @@ local function prepare(plan)
   plan.next_text, plan.base_text = key('next-text', task), key('base-text', task)
   plan.member = org .. '/' .. id
 
+  for name, value in pairs(change.guard or {}) do
+    if (before[name] or '') ~= value then return 'guarded' end
+  end
   local after = {}
   for name, value in pairs(before) do after[name] = value end
   for _, name in ipairs(change.clear or {}) do after[name] = nil end
   for name, value in pairs(change.set or {}) do after[name] = value end
+  for name, value in pairs(change.fill or {}) do after[name] = after[name] or value end
   after.status = change.status or before.status
   local add = change.add or {}
   after.fence = digits(tonumber(after.fence or '0') + (add.fence or 0))
@@ -136,6 +149,13 @@ local function prepare(plan)
     if after.internal_status then plan.join[#plan.join + 1] = internal_index_of(org, after.internal_status) end
     if before.internal_status then plan.leave[#plan.leave + 1] = internal_index_of(org, before.internal_status) end
   end
+  if after.waits ~= before.waits then
+    if not before.waits then
+      for _, name in ipairs(waiting_indexes_of(after, org)) do plan.join[#plan.join + 1] = name end
+    elseif not after.waits then
+      for _, name in ipairs(waiting_indexes_of(before, org)) do plan.leave[#plan.leave + 1] = name end
+    end
+  end
   for _, name in ipairs(plan.join) do touch('zset', name) end
   for _, name in ipairs(plan.leave) do touch('zset', name) end
   if change.spend then
@@ -151,10 +171,15 @@ local function prepare(plan)
   end
   if change.ready then
     touch('zset', key('ready', after.queue))
+    touch('zset', key('ready-of', org .. ':' .. after.queue))
     touch('list', key('wake', after.queue))
   end
   if change.lease or plan.lease then touch('zset', key('leases')) end
   if change.due then touch('zset', key('due')) end
+  if change.follow and after[change.follow] then
+    plan.followup = key('followups')
+    touch('list', plan.followup)
+  end
   if change.ended then touch('zset', key('ended')) end
 
   if change.text == 'append' then
@@ -235,6 +260,9 @@ local function write(plan)
   end
   if change.clear and #change.clear > 0 then redis.call('HDEL', plan.task, unpack(change.clear)) end
   for name, value in pairs(change.set or {}) do set(name, value) end
+  for name, value in pairs(change.fill or {}) do
+    if not plan.fields[name] then set(name, value) end
+  end
   for _, name in ipairs(change.stamp or {}) do set(name, stamp) end
   for name, micros in pairs(change.later or {}) do
     after[name] = digits(at + micros)
@@ -269,20 +297,26 @@ local function write(plan)
     local when = at - (HEAD_START[after.priority] or 0)
     if after.ready_at then when = tonumber(after.ready_at) end
     redis.call('ZADD', key('ready', after.queue), digits(when), plan.member)
+    redis.call('ZADD', key('ready-of', plan.org .. ':' .. after.queue), digits(when), plan.member)
     redis.call('RPUSH', key('wake', after.queue), '1')
     redis.call('LTRIM', key('wake', after.queue), -WAKE_TOKENS, -1)
   elseif change.ready == 'remove' then
     redis.call('ZREM', key('ready', after.queue), plan.member)
+    redis.call('ZREM', key('ready-of', plan.org .. ':' .. after.queue), plan.member)
   end
   if plan.lease then
     redis.call('ZADD', key('leases'), digits(math.floor(at / 1000) + plan.lease), plan.member)
   elseif change.lease == 'remove' then
     redis.call('ZREM', key('leases'), plan.member)
   end
-  if change.due == 'add' then
-    redis.call('ZADD', key('due'), digits(math.floor(tonumber(after.deadline_at) / 1000)), plan.member)
-  elseif change.due == 'remove' then
+  local due = change.due == 'set' and due_of(after)
+  if due then
+    redis.call('ZADD', key('due'), digits(math.floor(due / 1000)), plan.member)
+  elseif change.due and due_of(plan.fields) then
     redis.call('ZREM', key('due'), plan.member)
+  end
+  if plan.followup then
+    redis.call('RPUSH', plan.followup, plan.member .. '/' .. digits(plan.seq) .. ' ' .. plan.event)
   end
 
   if change.ended == 'add' then

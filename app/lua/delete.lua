@@ -21,8 +21,10 @@ redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence)
 redis.call('EXPIRE', grave, 86400)
 for _, name in ipairs(task_indexes_of(fields, org)) do redis.call('ZREM', name, id) end
 for _, name in ipairs(status_indexes_of(fields, org, fields.status)) do redis.call('ZREM', name, id) end
+for _, name in ipairs(fields.waits and waiting_indexes_of(fields, org) or {}) do redis.call('ZREM', name, id) end
 if fields.internal_status then redis.call('ZREM', internal_index_of(org, fields.internal_status), id) end
 redis.call('ZREM', key('ready', fields.queue), plan.member)
+redis.call('ZREM', key('ready-of', org .. ':' .. fields.queue), plan.member)
 redis.call('ZREM', key('leases'), plan.member)
 redis.call('ZREM', key('due'), plan.member)
 redis.call('ZREM', key('ended'), plan.member)

@@ -16,6 +16,7 @@ from app.api.shannon.spelling import (
     RAW,
     SSE_NAME,
     STATUS,
+    clock,
     control,
     error_body,
     event_body,
@@ -357,7 +358,7 @@ SAMPLES: tuple[AnyEvent, ...] = (
     events.Continued(query="and Spain?", submission="r2"),
     STARTED,
     ASKING,
-    events.Paused(checkpoint={"name": "pre_synthesis", "secret": 1}),
+    events.Paused(checkpoint="pre_synthesis", state={"secret": 1}),
     events.Resumed(reason="back"),
     events.Requeued(delay_seconds=2.5),
     events.LeaseLost(),
@@ -376,8 +377,12 @@ SAMPLES: tuple[AnyEvent, ...] = (
     events.AgentStarted(agent="a", payload={"role": "poet"}),
     events.AgentCompleted(agent="a"),
     events.Thinking(message="hm", agent="a"),
-    events.ApprovalRequested(approval="ap1", payload={"risk": "high"}),
+    events.Retried(),
+    events.ApprovalRequested(approval="ap1", reason="Deploy?", payload={"risk": "high"}),
     events.ApprovalDecided(approval="ap1", approved=False),
+    events.ReviewRequested(plan="1. Ask.", version=1),
+    events.Reviewed(version=1, approved=False, feedback="Ask twice."),
+    events.ChildSubmitted(task=QUESTION),
     events.PlanUpdated(payload={"round": 1}),
     events.Noted(name="BUDGET_THRESHOLD", payload={"level": "warn"}),
 )
@@ -395,7 +400,8 @@ def only(event: AnyEvent, **more: Any) -> Any:
 def test_there_is_a_sample_of_every_event_and_a_name_for_each() -> None:
     every = set(get_args(AnyEvent))
     assert {type(sample) for sample in SAMPLES} == every
-    assert set(RAW) == every - {events.Deleted, events.Noted}
+    named_by_what_they_say = {events.Noted, events.ReviewRequested, events.Reviewed}
+    assert set(RAW) == every - named_by_what_they_say - {events.Deleted}
 
 
 @pytest.mark.parametrize("event", SAMPLES, ids=lambda event: type(event).__name__)
@@ -529,13 +535,21 @@ def test_a_failure_is_an_error_frame_with_the_whole_event(event: Any, status: st
         ),
         (events.ToolReturned(tool="t"), {"tool": "t", "success": True, "duration_ms": 0, "output": None}),
         (said(events.Progressed), {"plan": [1], "progress": 0.5}),
-        (said(events.ApprovalRequested), {"risk": "high", "approval_id": "ap1"}),
+        (said(events.ApprovalRequested), {"risk": "high", "approval_id": "ap1", "reason": "Deploy?"}),
         (said(events.ApprovalDecided), {"approval_id": "ap1", "approved": False}),
         (said(events.Noted), {"level": "warn"}),
         (said(events.PlanUpdated), {"round": 1}),
         (said(events.Restated), {"status": "TASK_STATUS_COMPLETED"}),
         (events.Restated(internal_status="x"), None),
-        (said(events.Requeued), {"attempt": 1, "reason": "requeued", "delay_seconds": 2.5}),
+        (
+            said(events.Requeued),
+            {
+                "attempt": 1,
+                "reason": "requeued",
+                "delay_seconds": 2.5,
+                "next_attempt_at": clock(entry(said(events.Requeued)).at + 2_500_000),
+            },
+        ),
         (said(events.LeaseLost), {"attempt": 1, "reason": "lease_lost"}),
         (STARTED, {"attempt": 1}),
     ],

@@ -34,12 +34,14 @@ from app.task import (
 )
 
 SUBMISSION = Submission(id="t", org="o", owner="u", session="s", query="why?", submission="r")
+CHILD = Submission(id="t2", org="o", owner="u", parent="t", query="and?", submission="r2")
 SAMPLES: dict[str, AnyEvent] = {
     "submitted": events.Submitted(task=SUBMISSION),
     "continued": events.Continued(query="and now?", submission="r2"),
+    "retried": events.Retried(),
     "started": events.Started(worker="w"),
     "pause_asked": events.PauseAsked(reason="lunch"),
-    "paused": events.Paused(checkpoint={"step": 1}),
+    "paused": events.Paused(checkpoint="loop", state={"step": 1}),
     "resumed": events.Resumed(),
     "requeued": events.Requeued(delay_seconds=1),
     "lease_lost": events.LeaseLost(),
@@ -57,8 +59,11 @@ SAMPLES: dict[str, AnyEvent] = {
     "agent_started": events.AgentStarted(),
     "agent_completed": events.AgentCompleted(),
     "thinking": events.Thinking(),
-    "approval_requested": events.ApprovalRequested(approval="a"),
+    "approval_requested": events.ApprovalRequested(approval="a", reason="May I?"),
     "approval_decided": events.ApprovalDecided(approval="a", approved=True),
+    "review_requested": events.ReviewRequested(plan="1. Ask.", version=1),
+    "reviewed": events.Reviewed(version=1, approved=True),
+    "child_submitted": events.ChildSubmitted(task=CHILD),
     "plan_updated": events.PlanUpdated(),
     "noted": events.Noted(name="WAITING"),
 }
@@ -66,6 +71,7 @@ LEGAL = """
                     new     queued    running   paused    held      completed failed    errored   cancelled timed_out
 submitted           queued  .         .         .         .         .         .         .         .         .
 continued           .       .         .         .         .         queued    queued    queued    queued    queued
+retried             .       .         .         .         .         .         queued    queued    queued    queued
 started             .       running   .         .         .         .         .         .         .         .
 pause_asked         .       held      paused    .         .         .         .         .         .         .
 paused              .       .         .         paused    .         .         .         .         .         .
@@ -86,8 +92,11 @@ tool_returned       .       .         running   paused    .         .         . 
 agent_started       .       .         running   paused    .         .         .         .         .         .
 agent_completed     .       .         running   paused    .         .         .         .         .         .
 thinking            .       .         running   paused    .         .         .         .         .         .
-approval_requested  .       .         running   paused    .         .         .         .         .         .
-approval_decided    .       queued    running   paused    held      .         .         .         .         .
+approval_requested  .       .         paused    .         .         .         .         .         .         .
+approval_decided    .       .         .         running   queued    .         .         .         .         .
+review_requested    .       .         paused    .         .         .         .         .         .         .
+reviewed            .       .         .         running   queued    .         .         .         .         .
+child_submitted     .       queued    running   paused    held      .         .         .         .         .
 plan_updated        .       .         running   paused    .         .         .         .         .         .
 noted               .       queued    running   paused    held      .         .         .         .         .
 """
@@ -102,14 +111,18 @@ def entry(event: AnyEvent, seq: int = 1, *, attempt: int = 0, fence: int = 0, n:
     )
 
 
-def in_status(status: Status) -> Snapshot:
+def in_status(status: Status, **more: str) -> Snapshot:
     first = apply(EMPTY, entry(SAMPLES["submitted"]))
-    return EMPTY if status is NEW else Snapshot(fields=first.fields | {"status": status.value})
+    return EMPTY if status is NEW else Snapshot(fields=first.fields | {"status": status.value} | more)
+
+
+WAITS = {"approval_decided": {"waits": "approval:a"}, "reviewed": {"waits": "review:1"}}
+"""What these decide."""
 
 
 @pytest.mark.parametrize(("name", "before", "after"), CELLS)
 def test_every_cell_moves_or_is_refused(name: str, before: str, after: str) -> None:
-    snapshot = in_status(Status(before))
+    snapshot = in_status(Status(before), **WAITS.get(name, {}))
     if after == ".":
         with pytest.raises(Conflict) as refused:
             apply(snapshot, entry(SAMPLES[name], 2))
@@ -158,7 +171,7 @@ def test_a_restatement_without_status_sets_only_what_it_names() -> None:
 
 def test_terminal_statuses_accept_no_event_of_a_worker() -> None:
     for kind in TABLE:
-        if kind not in {events.Continued, events.Deleted}:
+        if kind not in {events.Continued, events.Retried, events.Deleted}:
             assert not TERMINAL & set(targets(SAMPLES[events.tag(kind)]))
 
 
@@ -169,7 +182,7 @@ def test_a_pause_says_who_when_and_why_and_a_resume_forgets_it() -> None:
         "pause_reason": "lunch",
         "paused_by": "user:u",
     }
-    saved = apply(paused, entry(events.Paused(checkpoint={"step": 3}), 3))
+    saved = apply(paused, entry(events.Paused(checkpoint="loop", state={"step": 3}), 3))
     resumed = apply(saved, entry(events.Resumed(), 4))
     assert not {"paused_at", "pause_reason", "paused_by"} & resumed.fields.keys()
     assert task(resumed.fields).checkpoint == {"step": 3}

@@ -34,12 +34,18 @@ EVENTS: st.SearchStrategy[AnyEvent] = st.one_of(
     st.builds(events.TextDelta, text=TEXT, agent=AGENT),
     st.builds(events.TextCompleted, text=TEXT, agent=AGENT, usage=USAGE),
     st.builds(events.Continued, query=TEXT, title=TEXT, submission=TEXT, deadline_seconds=st.sampled_from([0, 60.5])),
+    st.builds(events.Retried, deadline_seconds=st.sampled_from([0, 60.5])),
+    st.builds(events.Started, worker=TEXT),
     st.builds(events.Started, worker=TEXT),
     st.builds(events.PauseAsked, reason=TEXT, actor=TEXT),
-    st.builds(events.Paused, checkpoint=st.dictionaries(TEXT, st.integers(), max_size=2)),
+    st.builds(events.Paused, checkpoint=TEXT, state=st.dictionaries(TEXT, st.integers(), max_size=2)),
     st.builds(events.Resumed),
     st.builds(events.Requeued, delay_seconds=st.sampled_from([0, 1.5]), refund=st.booleans()),
-    st.builds(events.LeaseLost),
+    st.builds(events.LeaseLost, refund=st.booleans()),
+    st.builds(events.ApprovalRequested, approval=st.just("a"), reason=TEXT, actor=TEXT),
+    st.builds(events.ApprovalDecided, approval=st.sampled_from(["a", "a", "b"]), approved=st.booleans()),
+    st.builds(events.ReviewRequested, plan=TEXT, version=st.just(1), round=st.integers(1, 3)),
+    st.builds(events.Reviewed, version=st.sampled_from([1, 1, 2]), approved=st.booleans()),
     st.builds(events.Completed, result=TEXT, usage=USAGE),
     st.builds(events.Failed, error=TEXT),
     st.builds(events.Errored, error=TEXT),
@@ -70,13 +76,15 @@ def url() -> Iterator[str]:
         runner.close()
 
 
-async def play(store: Store, id_: str, said: list[AnyEvent]) -> int:
+async def play(store: Store, id_: str, said: list[AnyEvent], *, ttl: float, attempts: int) -> int:
     """Appends what is legal; answers how many entries there are."""
-    await store.submit(Submission(id=id_, org="o", owner="u", session="s", query="?", submission=id_, queue=id_))
+    await store.submit(
+        Submission(id=id_, org="o", owner="u", session="s", query="?", submission=id_, queue=id_, ttl_seconds=ttl)
+    )
     entries = 1
     for event in said:
         if isinstance(event, events.Started):
-            entries += len(await store.claim([id_], "w", 1))
+            entries += len(await store.claim({id_: attempts}, "w", 1))
             continue
         try:
             appended = await store.append("o", id_, event)
@@ -89,12 +97,17 @@ async def play(store: Store, id_: str, said: list[AnyEvent]) -> int:
 @hypothesis_settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-@given(said=st.lists(EVENTS, max_size=40), mark=st.sampled_from([10, 5000]))
-def test_the_snapshot_is_the_fold(url: str, said: list[AnyEvent], mark: int) -> None:
+@given(
+    said=st.lists(EVENTS, max_size=40),
+    mark=st.sampled_from([10, 5000]),
+    ttl=st.sampled_from([0, 60]),
+    attempts=st.sampled_from([0, 5]),
+)
+def test_the_snapshot_is_the_fold(url: str, said: list[AnyEvent], mark: int, ttl: float, attempts: int) -> None:
     async def example() -> None:
         async with open_store(Settings(redis_url=url, events_per_mark=mark)) as store:
             id_ = f"t{next(NUMBER)}"
-            entries = await play(store, id_, said)
+            entries = await play(store, id_, said, ttl=ttl, attempts=attempts)
             page = await store.events("o", id_, "")
             assert page is not None
             base = await store.snapshots.snapshot("o", id_, base=True)

@@ -77,9 +77,9 @@ async def test_a_queue_named_twice_gives_a_task_once(store: Store) -> None:
     # The script guards itself too: other clients speak to it.
     await store.submit(Submission(id="t2", org="o", query="?", submission="t2"))
     event = events.Started(worker="w")
-    claim: list[Arg] = [keys.prefix(tag), store.log._limits, "c", 5, 2000, events.encode(event)]
+    claim: list[Arg] = [keys.prefix(tag), store.log._limits, "c", 5, 2000, ""]
     rows = b'[[["queued"],{"status":"running","ready":"remove","add":{"fence":1,"attempt":1}}]]'
-    raw = await store.door.run("claim", [keys.key(tag, "leases")], [*claim, rows, "default", "default"])
+    raw = await store.door.run("claim", [keys.key(tag, "leases")], [*claim, *2 * ("default", events.encode(event), rows)])
     assert len(raw) == 1
 
 
@@ -143,7 +143,7 @@ async def test_what_is_no_cursor_is_said_to_be_none(store: Store, cursor: str) -
         {"queue": "x" * 257},
         {"deadline_seconds": 1e10},
         {"delay_seconds": -1},
-        {"max_attempts": 0},
+        {"max_attempts": -1},
     ],
 )
 async def test_names_that_could_meet_another_key_or_break_a_bound_are_refused(

@@ -114,11 +114,8 @@ async def test_a_renewed_lease_does_not_expire_and_a_lost_one_is_told(store: Sto
     await submit(store, "t")
     (held,) = await store.claim(["default"], "w", 1)
     await expire(store, "t")
-    assert await store.renew([held, Claimed("o", "t", held.fence + 1), Claimed("o", "nobody", 1)]) == {
-        held: "running",
-        Claimed("o", "t", held.fence + 1): "",
-        Claimed("o", "nobody", 1): "",
-    }
+    other, nobody = Claimed("o", "t", held.fence + 1, held.found), Claimed("o", "nobody", 1, held.found)
+    assert await store.renew([held, other, nobody]) == {held: "running", other: "", nobody: ""}
     assert await store.queues.tick() == 0
     await store.append("o", "t", events.Cancelled())
     assert await store.renew([held]) == {held: ""}
@@ -130,7 +127,7 @@ async def test_a_renewal_between_the_tickers_look_and_its_append_wins(store: Sto
     await expire(store, "t")
     await store.renew([held])
     with pytest.raises(Stale):
-        await store.append("o", "t", lost(1, 3), seen=("leases", b"1"))
+        await store.log.append("o", "t", lost("running", 1, 2), seen=("leases", b"1"))
     assert await status(store, "t") is Status.RUNNING
 
 

@@ -157,7 +157,7 @@ class Recorder:
     async def note(self, name: str, message: str, _payload: Mapping[str, Any] | None = None) -> None:
         self.notes.append((name, message))
 
-    async def checkpoint(self) -> None:
+    async def checkpoint(self, _: str) -> None:
         self.checkpoints += 1
 
 

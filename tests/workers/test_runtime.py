@@ -178,7 +178,7 @@ async def test_every_word_of_a_context_is_an_event_of_its_own(bench: Bench) -> N
         await ctx.tool_returned("search", [1, 2], call="c1", duration_ms=3)
         await ctx.progress(0.5, "half")
         await ctx.agent_completed("researcher")
-        await ctx.checkpoint({"never": "kept"})
+        await ctx.checkpoint("step", {"never": "kept"})
         return ""
 
     id_ = await bench.submit()
@@ -524,7 +524,7 @@ async def test_a_handler_pauses_at_its_checkpoint_and_goes_on(bench: Bench) -> N
     @task("default")
     async def stepwise(task: Task, ctx: Context) -> str:
         while not enough.is_set():
-            await ctx.checkpoint({"step": len(reached)})
+            await ctx.checkpoint("step", {"step": len(reached)})
             reached.append(len(reached))
         return "done"
 
@@ -569,7 +569,7 @@ async def test_a_cancel_reaches_a_handler_that_is_paused(bench: Bench) -> None:
     async def stepwise(task: Task, ctx: Context) -> str:
         try:
             while True:
-                await ctx.checkpoint()
+                await ctx.checkpoint("step")
         finally:
             ended.set()
 
@@ -592,7 +592,7 @@ async def test_paused_when_its_worker_dies_it_is_held_and_goes_on_from_its_check
         if ctx.saved:
             return "done"
         while True:
-            await ctx.checkpoint({"step": 7})
+            await ctx.checkpoint("step", {"step": 7})
 
     async with opened(tmp_path, lease_seconds=SHORT_SECONDS) as store:
         bench = Bench(store)
@@ -618,7 +618,7 @@ async def test_resumed_in_the_moment_of_pausing_it_goes_on(bench: Bench) -> None
     attempt = Attempt(bench.store, claimed, worker="w")
     context = Context(attempt, await attempt.read())
     attempt.hear(Status.PAUSED)
-    await asyncio.wait_for(context.checkpoint(), 5)
+    await asyncio.wait_for(context.checkpoint("step"), 5)
     assert not attempt.paused
 
 
@@ -764,7 +764,7 @@ async def test_what_the_tail_misses_a_renewal_tells(tmp_path: Path, monkeypatch:
     async def stepwise(task: Task, ctx: Context) -> str:
         try:
             while True:
-                await ctx.checkpoint({"a": 1})
+                await ctx.checkpoint("step", {"a": 1})
                 await asyncio.sleep(0.01)
         finally:
             ended.set()
@@ -829,7 +829,7 @@ async def test_a_store_that_forgot_events_gets_its_task_back(bench: Bench, monke
     id_ = await bench.submit()
     async with bench.work(hello):
         done = await bench.until_ended(id_)
-    assert (done.status, done.result, done.attempt, done.max_attempts) == (Status.COMPLETED, "Hello", 2, 4)
+    assert (done.status, done.result, done.attempt, done.refunds) == (Status.COMPLETED, "Hello", 2, 1)
 
 
 async def test_an_event_whose_answer_was_not_awaited_is_sent_again_under_its_number(
@@ -901,7 +901,7 @@ async def test_paused_again_in_the_moment_of_pausing_it_stays_paused(
 
     monkeypatch.setattr(bench.store, "append", append)
     attempt.hear(Status.PAUSED)
-    await asyncio.wait_for(context.checkpoint(), 5)
+    await asyncio.wait_for(context.checkpoint("step"), 5)
     assert len(sent) == 2
 
 
@@ -1119,7 +1119,7 @@ async def test_a_stopping_worker_gives_back_what_does_not_end_and_no_attempt_is_
         await working.stop()
     assert ended.is_set()
     given_back = await bench.task(id_)
-    assert (given_back.status, given_back.attempt, given_back.max_attempts) == (Status.QUEUED, 1, 2)
+    assert (given_back.status, given_back.attempt, given_back.attempts_left) == (Status.QUEUED, 1, 1)
     async with bench.work(hello):
         done = await bench.until_ended(id_)
     assert (done.status, done.attempt) == (Status.COMPLETED, 2)
@@ -1130,7 +1130,7 @@ async def test_a_stopping_worker_does_not_wait_for_a_pause_to_end(bench: Bench) 
     @task("default")
     async def stepwise(task: Task, ctx: Context) -> str:
         while True:
-            await ctx.checkpoint({"step": 1})
+            await ctx.checkpoint("step", {"step": 1})
 
     id_ = await bench.submit()
     async with opened_beside(bench, grace_seconds=600) as store, bench.work(stepwise, store=store) as working:
@@ -1139,7 +1139,7 @@ async def test_a_stopping_worker_does_not_wait_for_a_pause_to_end(bench: Bench) 
         await bench.until_said(id_, events.Paused)
         await asyncio.wait_for(working.stop(), 10)
     held = await bench.task(id_)
-    assert (held.status, held.checkpoint, held.max_attempts) == (Status.HELD, {"step": 1}, 4)
+    assert (held.status, held.checkpoint, held.refunds) == (Status.HELD, {"step": 1}, 1)
 
 
 async def test_what_is_claimed_while_the_worker_stops_is_given_back(

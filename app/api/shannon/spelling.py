@@ -329,6 +329,7 @@ def usd(nano: int) -> float:
 RAW: Mapping[type[events.Event], str] = {
     events.Submitted: "DATA_PROCESSING",
     events.Continued: "DATA_PROCESSING",
+    events.Retried: "DATA_PROCESSING",
     events.Started: "WORKFLOW_STARTED",
     events.Requeued: "ERROR_RECOVERY",
     events.LeaseLost: "ERROR_RECOVERY",
@@ -351,9 +352,12 @@ RAW: Mapping[type[events.Event], str] = {
     events.Thinking: "AGENT_THINKING",
     events.ApprovalRequested: "APPROVAL_REQUESTED",
     events.ApprovalDecided: "APPROVAL_DECISION",
+    events.ChildSubmitted: "DELEGATION",
     events.PlanUpdated: "RESEARCH_PLAN_UPDATED",
 }
-"""Our event → upstream's raw type (§3). `noted` brings its own; `deleted` is never told."""
+"""Our event → upstream's raw type (§3). `noted` brings its own, a review's depends on what it says; `deleted` is never
+told.
+"""
 
 SSE_NAME = {
     "LLM_PARTIAL": "thread.message.delta",
@@ -424,7 +428,7 @@ def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
     `deleted`. On a `stream` a cancel is announced first, as upstream does: two, the first without a place.
     """
     raw = raw_type(entry.event)
-    message, payload = _told(entry.event, entry.attempt)
+    message, payload = _told(entry)
     if not raw:
         return []
     agent = entry.event.agent
@@ -447,11 +451,20 @@ def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
 
 def raw_type(event: AnyEvent) -> str:
     """Empty for `deleted`."""
-    return event.name if isinstance(event, events.Noted) else RAW.get(type(event), "")
+    match event:
+        case events.Noted():
+            return event.name
+        case events.ReviewRequested():
+            return "RESEARCH_PLAN_READY" if event.round == 1 else "RESEARCH_PLAN_UPDATED"
+        case events.Reviewed():
+            return "RESEARCH_PLAN_APPROVED" if event.approved else "REVIEW_USER_FEEDBACK"
+        case _:
+            return RAW.get(type(event), "")
 
 
-def _told(event: AnyEvent, attempt: int) -> tuple[str, Json]:
+def _told(entry: Entry) -> tuple[str, Json]:
     """What people read, and what machines read. A restart says its attempt: a client drops the text it showed."""
+    event, attempt = entry.event, entry.attempt
     match event:
         case events.TextDelta():
             return event.text, {"attempt": attempt}
@@ -462,12 +475,17 @@ def _told(event: AnyEvent, attempt: int) -> tuple[str, Json]:
         case events.TextCompleted():
             took = {"duration_ms": event.duration_ms} if event.duration_ms else {}
             return event.text, {**_usage(event.usage), **took}
+        case events.Retried():
+            return event.message or "The task is tried once more.", {}
         case events.Submitted() | events.Continued():
             return event.message or "Task accepted.", {}
         case events.Started():
             return event.message or "Task started.", {"attempt": attempt}
         case events.Requeued():
-            again = {"attempt": attempt, "reason": "requeued", "delay_seconds": event.delay_seconds}
+            again: Json = {"attempt": attempt, "reason": "requeued", "delay_seconds": event.delay_seconds}
+            again["next_attempt_at"] = clock(entry.at + round(event.delay_seconds * 1_000_000))
+            if event.error:
+                again["error"] = event.error
             return event.message or "The task is queued again.", again
         case events.LeaseLost():
             lost = {"attempt": attempt, "reason": "lease_lost"}
@@ -475,9 +493,8 @@ def _told(event: AnyEvent, attempt: int) -> tuple[str, Json]:
         case events.PauseAsked():
             return event.message or "The task is being paused.", _reason(event.reason)
         case events.Paused():
-            # Upstream's checkpoints are names (§1.8); ours may hold a handler's whole state, which stays inside.
-            name = event.checkpoint.get("name")
-            return event.message or "Task paused.", {"checkpoint": name if isinstance(name, str) else ""}
+            # Upstream's checkpoints are names (§1.8); the handler's state stays inside.
+            return event.message or "Task paused.", {"checkpoint": event.checkpoint}
         case events.Resumed():
             return event.message or "Task resumed.", _reason(event.reason)
         case events.Cancelled():
@@ -514,10 +531,20 @@ def _told(event: AnyEvent, attempt: int) -> tuple[str, Json]:
             }
         case events.ApprovalRequested():
             # Without its id nobody could decide it: upstream leaves it out (§1.10).
-            return event.message or "Approval is needed.", {**event.payload, "approval_id": event.approval}
+            asked = {**event.payload, "approval_id": event.approval, "reason": event.reason}
+            return event.message or f"Needs approval: {event.reason}", asked
         case events.ApprovalDecided():
-            message = event.message or ("Approved." if event.approved else "Rejected.")
-            return message, {**event.payload, "approval_id": event.approval, "approved": event.approved}
+            message = event.message or ("Approved." if event.approved else "Denied.")
+            decided = {**event.payload, "approval_id": event.approval, "approved": event.approved}
+            return message, {**decided, "feedback": event.feedback} if event.feedback else decided
+        case events.ReviewRequested():
+            return event.message or event.plan, {"round": event.round, "version": event.version}
+        case events.Reviewed():
+            message = event.message or event.feedback or "The plan is approved."
+            return message, {"version": event.version, "approved": event.approved}
+        case events.ChildSubmitted():
+            made = {"task_id": event.task.id, "agent_id": event.task.agent}
+            return event.message or f"Delegated to {event.task.agent}.", made
         case events.Deleted():
             return "", {}
         case _:
