@@ -79,7 +79,9 @@ async def test_a_queue_named_twice_gives_a_task_once(store: Store) -> None:
     event = events.Started(worker="w")
     claim: list[Arg] = [keys.prefix(tag), store.log._limits, "c", 5, 2000, ""]
     rows = b'[[["queued"],{"status":"running","ready":"remove","add":{"fence":1,"attempt":1}}]]'
-    raw = await store.door.run("claim", [keys.key(tag, "leases")], [*claim, *2 * ("default", events.encode(event), rows)])
+    raw = await store.door.run(
+        "claim", [keys.key(tag, "leases")], [*claim, *2 * ("default", events.encode(event), rows)]
+    )
     assert len(raw) == 1
 
 
