@@ -105,6 +105,21 @@ class Appended(Struct, frozen=True):
     """An idempotency key met its earlier task."""
 
 
+class Said(Struct, frozen=True, gc=False):
+    """An event as the script takes it."""
+
+    event: AnyEvent
+    tag: str
+    encoded: bytes
+    rows: bytes
+
+
+def said(event: AnyEvent) -> Said:
+    """Encoded and checked, once. Raises Invalid; TooLarge beyond EVENT_BYTES_MAX."""
+    assert not isinstance(event, events.Submitted | events.Started | events.Deleted), "these have their own steps"
+    return Said(event, events.tag(event), events.encode(event), rows(event))
+
+
 class Log:
     def __init__(self, door: Door, partitions: Partitions, settings: Settings) -> None:
         self.door = door
@@ -151,47 +166,45 @@ class Log:
         Raises NotFound, Conflict, Stale, OutOfOrder, TooLarge, Unavailable, Full.
         """
         submission = event.submission if isinstance(event, events.Continued) else ""
-        said = [("" if n is None else n, event)]
         repeat = bool(operation or submission) or (fence is not None and n is not None) or bool(seen[0])
-        (outcome,) = await self._append(org, task, said, fence, (operation, *seen, submission), repeat=repeat)
+        numbered = [("" if n is None else n, said(event))]
+        (outcome,) = await self._append(org, task, numbered, fence, (operation, *seen, submission), repeat=repeat)
         if isinstance(outcome, TaskcastError):
             raise outcome
         return outcome
 
     async def extend(
-        self, org: str, task: str, said: Sequence[AnyEvent], *, fence: int, n: int
-    ) -> "list[Appended | TaskcastError]":
+        self, org: str, task: str, batch: "Sequence[Said]", *, fence: int, n: int
+    ) -> list[Appended | TaskcastError]:
         """Appends a worker's events under the numbers n, n + 1, … Each is a step of its own; all take one round trip.
 
         Answers for each in turn. The first refusal is the last answer: what follows it was not looked at.
-        Raises Invalid and TooLarge, of any of them, before the first is sent; Unavailable, Full.
+        Raises Unavailable, Full.
         """
-        return await self._append(org, task, list(enumerate(said, n)), fence, ("", "", b"", ""), repeat=True)
+        return await self._append(org, task, list(enumerate(batch, n)), fence, ("", "", b"", ""), repeat=True)
 
     async def _append(
         self,
         org: str,
         task: str,
-        said: Sequence[tuple[int | str, AnyEvent]],
+        numbered: "Sequence[tuple[int | str, Said]]",
         fence: int | None,
         options: Sequence[Arg],
         *,
         repeat: bool,
-    ) -> "list[Appended | TaskcastError]":
+    ) -> list[Appended | TaskcastError]:
         place, head = self._place(org, task)
         args: list[Arg] = [*head, org, task, "" if fence is None else fence, *options]
-        for n, event in said:
-            assert not isinstance(event, events.Submitted | events.Started | events.Deleted), (
-                "these are steps of their own"
-            )
-            args += [n, events.tag(event), events.encode(event), rows(event)]
+        for n, one in numbered:
+            args += [n, one.tag, one.encoded, one.rows]
         outcomes: list[Appended | TaskcastError] = []
-        for answer, (_, event) in zip(await self.door.run("append", [place], args, repeat=repeat), said, strict=False):
+        answers = await self.door.run("append", [place], args, repeat=repeat)
+        for answer, (_, one) in zip(answers, numbered, strict=False):
             code = answer[0].decode()
             if code in {"ok", "duplicate"}:
                 outcomes.append(_appended(answer, duplicate=code == "duplicate"))
             else:
-                outcomes.append(refusal(code, event, answer[4].decode()))
+                outcomes.append(refusal(code, one.event, answer[4].decode()))
         return outcomes
 
     async def delete(self, org: str, task: str, *, actor: str = "", seen: bytes = b"") -> Appended:

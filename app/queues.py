@@ -91,7 +91,8 @@ class Queues:
                 break  # what other partitions have handed out must not wait for this one
             for org_, id_, fence, flat in raw:
                 fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
-                if fields:  # a repeated claim may name a task that was deleted since
+                # A repeated claim may name a task that was deleted, or taken by another worker, since.
+                if fields.get("fence") == fence.decode():
                     claimed.append(Claimed(org_.decode(), id_.decode(), int(fence), task(fields)))
         return claimed
 

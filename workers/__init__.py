@@ -4,14 +4,16 @@
 
     @task("agent:hello")
     async def hello(task, ctx: Context, *, name: str = "you") -> str:
-        await ctx.text(f"Hello, {name}!")
+        await ctx.delta(f"Hello, {name}!")
         return f"Hello, {name}!"
 
-`taskcast worker MODULE` runs the handlers of a module. `context.py` is what a handler holds, `handlers.py` what
-`@task` makes of it, `runtime.py` claims tasks and looks after them, `echo.py` is an example that shows all of it.
+`taskcast worker MODULE` runs the handlers of a module; `run_task` runs one without any server, for its own tests.
+`context.py` is what a handler holds, `handlers.py` what `@task` makes of it, `runtime.py` claims tasks and looks after
+them, `attempt.py` sends what is said, `rehearsal.py` is `run_task`, `echo.py` an example that shows all of it.
 """
 
-from workers.context import Context, Failed
+from app.events import Usage
+from workers.context import Blocking, Child, Context, Decision, Failed
 from workers.handlers import task
 
-__all__ = ["Context", "Failed", "task"]
+__all__ = ["Blocking", "Child", "Context", "Decision", "Failed", "Usage", "task"]

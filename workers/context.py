@@ -1,220 +1,73 @@
-"""What a handler holds while it works: `Context`, its words to the world; and `Attempt`, the right to say them.
-
-An attempt numbers its events 1, 2, 3 … and sends them one at a time, each until the store has answered for it: a
-repeat under the same number is a duplicate there, so nothing is lost and nothing doubled, whatever becomes of the
-connection. It may write as long as its lease lives and the store agrees. The moment either ends, the handler is
-cancelled, and nothing it still says is sent.
-
-This file must never let a cancelled handler's half-sent event collide with what follows: an event whose answer was
-not awaited is sent again, under its number, before the next one.
-"""
+"""What a handler holds while it works: `Context`, its words to the world and its questions to it."""
 
 import asyncio
+import hashlib
+import inspect
+import secrets
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
+from concurrent.futures import CancelledError
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import structlog
+from msgspec import Struct
 
 from app import events
-from app.errors import Conflict, Invalid, NotFound, OutOfOrder, Stale, TaskcastError, Unavailable
-from app.events import FINAL_OUTPUT, AnyEvent, Json, Usage
-from app.queues import Claimed
-from app.store import Store
-from app.task import LEASED, TERMINAL, Status, Task
+from app.errors import Conflict, NotFound, Unavailable
+from app.events import FINAL_OUTPUT, AnyEvent, Json, Submission, Usage
+from app.log import Appended, random_id, task_id_of
+from app.task import Status, Task
+from workers.attempt import Attempt, Over
 
 logger = structlog.get_logger()
 
 T = TypeVar("T")
 
-PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.05, 1.0
-"""Between two tries of a call to a store that is away; doubled each time."""
-
-GONE, TAKEN, LEASE, LOST = Status.GONE.value, "taken", "lease", "events lost"
-"""Why an attempt is over, besides the statuses that end one: task deleted, another attempt runs, lease expired,
-the store forgot events that it had accepted (a server that failed over, or died before it synced)."""
+CHILD_PAUSE_SECONDS = 0.2
+"""Between two looks for a sub-task that its partition has not made yet, or that cannot be followed now."""
 
 
 class Failed(Exception):
     """Raised by a handler: the task failed, and the message says why. Not retried."""
 
 
-class Over(Exception):
-    """This attempt writes no more; its text is the reason. Never seen by handlers, which are cancelled instead."""
+class Decision(Struct, frozen=True):
+    """What a human said to an approval or to a plan."""
+
+    approved: bool
+    feedback: str = ""
+    payload: Json = {}
 
 
-class Attempt:
-    """One claim of one task: its fence, its event numbers, its lease's deadline, and whether a pause is asked."""
+class ToolCall:
+    """A call of a tool that is under way; `result` is what it gave, anything that JSON can hold."""
 
-    def __init__(self, store: Store, claimed: Claimed, *, worker: str) -> None:
-        self.claimed = claimed
-        self.lost = ""
-        """Why it is over; empty while it is not."""
-        self.stopped = False
-        """Interrupted because the worker stops: the task is to be given back."""
-        self.interrupted = asyncio.Event()
-        """Set when the handler has no more to say: it was cancelled, or it is done."""
-        self.paused = False
-        self.seq = 0
-        """The task's last entry that this attempt knows of; older news is no news."""
-        self.refused = 0
-        self.work: asyncio.Task[Any] | None = None
-        """The running handler."""
-        self._store = store
-        self._actor = f"worker:{worker}"
-        self._n = 0
-        self._unsure: AnyEvent | None = None
-        self._turn = asyncio.Lock()
-        self._wake = asyncio.Event()
-        self._draining = False
-        self._expiry: asyncio.TimerHandle | None = None
-        self._log = logger.bind(task_id=claimed.task, org=claimed.org, worker=worker, fence=claimed.fence)
+    def __init__(self, id_: str) -> None:
+        self.id = id_
+        self.result: Any = None
 
-    # What the runtime tells it.
 
-    def keep(self, until: float) -> None:
-        """The lease lives until then, on the event loop's clock; unless kept again, the attempt is over then."""
-        if self.lost:
-            return
-        if self._expiry:
-            self._expiry.cancel()
-        self._expiry = asyncio.get_running_loop().call_at(until, self.lose, LEASE)
+class Child:
+    """A sub-task. `await child` waits for its end and gives it as it is then: `status`, `result`, `error`."""
 
-    def hear(self, status: Status, seq: int = 0) -> None:
-        """The task's status after its entry `seq`; 0 when the teller does not know which entry that was."""
-        if seq:
-            if seq <= self.seq:
-                return
-            self.seq = seq
-        if status in LEASED:
-            self.paused = status is Status.PAUSED
-            self._wake.set()
-        else:
-            self.lose(status.value)
+    def __init__(self, context: "Context", id_: str) -> None:
+        self.id = id_
+        self._context = context
 
-    def lose(self, reason: str) -> None:
-        """The task is no longer this attempt's: cancels the handler at once."""
-        if not self.lost:
-            self.lost = reason
-            if self._expiry:
-                self._expiry.cancel()
-            if self.work:
-                self.work.cancel()
-            self.interrupted.set()
-
-    def drain(self) -> None:
-        """The worker is about to stop: a handler that waits for `resumed` is stopped now, others go on."""
-        self._draining = True
-        self._wake.set()
-
-    def stop(self) -> None:
-        """Cancels a handler that still runs, so that the task can be given back."""
-        if self.work and self.work.cancel():
-            self.stopped = True
-            self.interrupted.set()
-
-    # What it asks of the store.
-
-    async def read(self) -> Task:
-        """The task as it stands. Raises Over when it is not this attempt's (any more)."""
-        one = self.claimed
-        task = await self._insist(lambda: self._store.get(one.org, one.task))
-        if task is None:
-            self.lose(GONE)
-        elif task.fence != one.fence:
-            self.lose(TAKEN)
-        else:
-            self.hear(task.status, task.last_seq)
-        if task is None or self.lost:
-            raise Over(self.lost)
-        return task
-
-    async def append(self, event: AnyEvent) -> None:
-        """Appends under the next number. A task whose store is away is asked again until the lease ends.
-
-        Raises Over; Invalid for an event that cannot be stored; Conflict when only this event is out of place.
-        """
-        if not isinstance(event, events.TextDelta):  # these are many, and their attempt tells who speaks
-            event = msgspec.structs.replace(event, actor=self._actor)
-        async with self._turn:
-            if self._unsure:
-                # Whoever said it was cancelled and heard no answer; that it was refused is news to nobody.
-                with suppress(Invalid, Conflict):
-                    await self._send(self._unsure)
-            await self._send(event)
-
-    async def give_back(self, event: events.Requeued) -> None:
-        """Without a number: for an attempt whose numbers the store no longer knows. Harmless when repeated."""
-        one = self.claimed
-        with suppress(TaskcastError):
-            await self._store.append(one.org, one.task, event, fence=one.fence)
-
-    async def rest(self) -> None:
-        """Until the pause ends; a worker that stops does not wait for that."""
-        while self.paused and not self._draining:
-            self._wake.clear()
-            await self._wake.wait()
-        if self.paused:
-            self.stop()
-
-    async def _send(self, event: AnyEvent) -> None:
-        one, self._unsure = self.claimed, event
-        try:
-            appended = await self._insist(
-                lambda: self._store.append(one.org, one.task, event, fence=one.fence, n=self._n + 1)
-            )
-        except Invalid:  # it was given no number
-            self._unsure = None
-            raise
-        except (Conflict, NotFound) as error:
-            self._unsure = None
-            status = error.status if isinstance(error, Conflict) else GONE
-            if status in LEASED and not isinstance(error, (Stale, OutOfOrder)):
-                raise
-            await self._refuse(event, error, status)
-            self.lose(LOST if isinstance(error, OutOfOrder) else TAKEN if status in LEASED else status)
-            raise Over(self.lost) from error
-        self._unsure = None
-        self._n += 1
-        # A duplicate's place is where it once stood, and its status is of now. A status that ends the attempt is our
-        # own doing: whoever said so must not be cancelled for it.
-        if not appended.duplicate and appended.status in LEASED:
-            self.hear(appended.status, appended.seq)
-
-    async def _insist(self, call: Callable[[], Awaitable[T]]) -> T:
-        pause = PAUSE_SECONDS
-        while not self.lost:
-            with suppress(Unavailable):
-                return await call()
-            await asyncio.sleep(pause)
-            pause = min(pause * 2, PAUSE_SECONDS_MAX)
-        raise Over(self.lost)
-
-    async def _refuse(self, event: AnyEvent, error: TaskcastError, status: str) -> None:
-        """Counts and logs it, and warns the task's readers once, unless the task has ended."""
-        self.refused += 1
-        said, ended = events.tag(event), status == GONE or status in TERMINAL
-        log = self._log.info if ended else self._log.warning
-        log("task.refused", said=said, reason=error.code, status=status, refused=self.refused)
-        if ended or self.refused > 1:
-            return
-        one, message = self.claimed, f"A worker's event ({said}) was refused: {error}"
-        with suppress(TaskcastError):
-            await self._store.append(
-                one.org, one.task, events.Noted(actor=self._actor, name="WARNING", message=message)
-            )
+    def __await__(self) -> Generator[Any, None, Task]:
+        return self._context.wait(self).__await__()
 
 
 class Context:
-    """What a handler may say and ask. Each method returns when the store has the event.
+    """What a handler may say and ask. A method returns when the store has the event; `delta` returns before.
 
     Any method may raise asyncio.CancelledError: the task was cancelled, deleted, timed out or taken over. Let it pass.
     """
 
-    def __init__(self, attempt: Attempt, task: Task) -> None:
-        self.task = task
+    def __init__(self, attempt: Attempt) -> None:
+        self.task = task = attempt.claimed.found
         """As it was when this attempt began."""
         self.attempt = task.attempt
         """1, 2, 3 … within the task's present turn."""
@@ -225,25 +78,42 @@ class Context:
         self._attempt = attempt
         self._usage: Usage | None = None
         self._began = time.monotonic()
+        self._asking = asyncio.Lock()
+        self._asked: dict[str, int] = {}
+        """How often this attempt has asked the same."""
+        self._plans = task.review_version
+        self._round = task.review_round
+        self._earlier: dict[str, Decision] | None = None
 
     # The answer.
 
-    async def text(self, delta: str, agent: str = FINAL_OUTPUT) -> None:
-        """A piece of text, for readers to see at once. All of a task's text: at most 192 KiB, else TooLarge."""
-        if delta:
-            await self._say(events.TextDelta(agent=agent, text=delta))
+    async def delta(self, text: str, agent: str = FINAL_OUTPUT) -> None:
+        """A piece of text, for readers to see at once; pieces that come within 30 ms become one event.
 
-    async def finish_text(self, text: str, agent: str = FINAL_OUTPUT, duration_ms: int | None = None) -> None:
+        All of a task's text: at most 192 KiB, else TooLarge, which the next call may raise. Waits only for a slow store.
+        """
+        if text:
+            await self._unless_over(self._attempt.write(agent, text))
+
+    async def flush(self) -> None:
+        """Until the store has all that was said."""
+        await self._unless_over(self._attempt.settle())
+
+    async def output(
+        self, text: str, agent: str = FINAL_OUTPUT, *, usage: Usage | None = None, duration_ms: int | None = None
+    ) -> None:
         """The agent's whole text, in place of its deltas. `duration_ms` counts from the attempt's start unless given.
 
         As the task's answer it carries the usage so far. A handler that returns the same text afterwards has said it
         once: the runtime does not repeat it.
         """
         final = agent == FINAL_OUTPUT
+        if usage:
+            self._add(usage)
         event = events.TextCompleted(
             agent=agent,
             text=text,
-            usage=self.take_usage() if final else None,
+            usage=self.take_usage() if final or usage else None,
             duration_ms=self.elapsed_ms if duration_ms is None else duration_ms,
         )
         await self._say(event)
@@ -265,13 +135,24 @@ class Context:
         """
         if min(input_tokens, output_tokens, cost_usd) < 0:
             raise ValueError("What a model call consumed cannot be negative.")
+        self._add(
+            Usage(
+                model=model,
+                provider=provider,
+                input_tokens=input_tokens,
+                output_tokens=output_tokens,
+                cost_nano=round(cost_usd * 1_000_000_000),
+            )
+        )
+
+    def _add(self, more: Usage) -> None:
         before = self._usage or Usage()
         self._usage = Usage(
-            model=model or before.model,
-            provider=provider or before.provider,
-            input_tokens=before.input_tokens + input_tokens,
-            output_tokens=before.output_tokens + output_tokens,
-            cost_nano=before.cost_nano + round(cost_usd * 1_000_000_000),
+            model=more.model or before.model,
+            provider=more.provider or before.provider,
+            input_tokens=before.input_tokens + more.input_tokens,
+            output_tokens=before.output_tokens + more.output_tokens,
+            cost_nano=before.cost_nano + more.cost_nano,
         )
 
     def take_usage(self) -> Usage | None:
@@ -290,9 +171,16 @@ class Context:
         """0 … 1; else Invalid."""
         await self._say(events.Progressed(fraction=fraction, message=message, payload=payload or {}))
 
-    async def note(self, name: str, message: str = "", payload: Json | None = None, *, agent: str = "") -> None:
-        """Any other event. Names are upper-case, such as LLM_PROMPT; another one is Invalid."""
-        await self._say(events.Noted(agent=agent, name=name, message=message, payload=payload or {}))
+    async def emit(self, type: str, message: str = "", payload: Json | None = None, *, agent: str = "") -> None:  # noqa: A002 (as readers see it)
+        """Any other event. Types are upper-case, such as LLM_PROMPT; another one is Invalid."""
+        await self._say(events.Noted(agent=agent, name=type, message=message, payload=payload or {}))
+
+    async def log(
+        self, message: str, level: Literal["debug", "info", "warning", "error"] = "info", **fields: Any
+    ) -> None:
+        """A line in the worker's log, and an event LOG for whoever watches the task."""
+        getattr(logger, level)(message, task_id=self.task.id, attempt=self.attempt, **fields)
+        await self._say(events.Noted(name="LOG", message=message, payload={**fields, "level": level}))
 
     async def thinking(self, message: str = "", payload: Json | None = None, *, agent: str = "") -> None:
         await self._say(events.Thinking(agent=agent, message=message, payload=payload or {}))
@@ -303,53 +191,32 @@ class Context:
     async def agent_completed(self, agent: str, message: str = "", payload: Json | None = None) -> None:
         await self._say(events.AgentCompleted(agent=agent, message=message, payload=payload or {}))
 
-    async def tool_called(
-        self,
-        tool: str,
-        params: Json | None = None,
-        *,
-        call: str = "",
-        agent: str = "",
-        message: str = "",
-        payload: Json | None = None,
-    ) -> None:
-        """`call` names this call, so that its `tool_returned` can be told from another's."""
-        await self._say(
-            events.ToolCalled(
-                agent=agent,
-                message=message,
-                tool=tool,
-                call=call,
-                params=params or {},
-                payload=payload or {},
-            )
-        )
+    @asynccontextmanager
+    async def tool(
+        self, name: str, params: Json | None = None, *, agent: str = "", message: str = ""
+    ) -> AsyncIterator[ToolCall]:
+        """Records a tool's call, and at the end of the block its result, its duration and whether it raised.
 
-    async def tool_returned(
-        self,
-        tool: str,
-        output: Any = None,
-        *,
-        call: str = "",
-        success: bool = True,
-        duration_ms: int = 0,
-        agent: str = "",
-        message: str = "",
-        payload: Json | None = None,
-    ) -> None:
-        """`output`: anything that JSON can hold."""
-        await self._say(
-            events.ToolReturned(
-                agent=agent,
-                message=message,
-                tool=tool,
-                call=call,
-                success=success,
-                output=output,
-                duration_ms=duration_ms,
-                payload=payload or {},
+        async with ctx.tool("search", {"q": "Paris"}) as call:
+            call.result = await search("Paris")
+        """
+        call = ToolCall(secrets.token_hex(8))
+        await self._say(events.ToolCalled(agent=agent, message=message, tool=name, call=call.id, params=params or {}))
+        began, output, success = time.monotonic(), None, False
+        try:
+            yield call
+            output, success = call.result, True
+        except BaseException as error:
+            output = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise
+        finally:
+            took = round((time.monotonic() - began) * 1000)
+            returned = events.ToolReturned(
+                agent=agent, tool=name, call=call.id, success=success, output=output, duration_ms=took
             )
-        )
+            # A handler that is being cancelled has no more to say.
+            if not self._attempt.interrupted.done():
+                await self._say(returned)
 
     async def plan(self, payload: Json, message: str = "", *, agent: str = "") -> None:
         """The plan as it is now, in whatever form the front end knows."""
@@ -363,7 +230,7 @@ class Context:
         Otherwise it costs nothing and keeps nothing. When the worker ends during the pause, a later attempt finds
         the state in `saved`; without one, what an earlier pause kept stays.
         """
-        # A handler that never waits for anything else would never hear of the pause.
+        # A handler that never waits for anything else would never hear of the pause, nor of its end.
         await asyncio.sleep(0)
         attempt = self._attempt
         while attempt.paused:
@@ -375,11 +242,230 @@ class Context:
                     attempt.hear(Status.RUNNING)
             else:
                 await attempt.rest()
+        if attempt.interrupted.done():
+            raise asyncio.CancelledError
 
-    async def _say(self, event: AnyEvent) -> None:
-        if not self._attempt.interrupted.is_set():
+    async def approve(self, reason: str, payload: Json | None = None) -> Decision:
+        """Asks a human, and waits for the answer, however long that takes. The task is paused meanwhile.
+
+        One question at a time. The answer survives this attempt: a later one of the same turn that asks the same, for
+        the same reason with the same payload, gets it without asking again, unless more than 5,000 events lie between.
+        """
+        body = payload or {}
+        async with self._asking:
+            id_ = self._name("approval", reason, body)
+            if earlier := (await self._decided()).get(id_):
+                return earlier
+            asked = events.ApprovalRequested(approval=id_, reason=reason, payload=body)
+            return await self._ask(
+                asked, lambda said: isinstance(said, events.ApprovalDecided) and said.approval == id_
+            )
+
+    async def review(self, plan: str) -> Decision:
+        """Puts a plan up for a human's review: approved as it is, or `feedback` that the next plan should heed.
+
+        As with `approve`, a later attempt that comes up with the same plan gets the same answer.
+        """
+        async with self._asking:
+            if earlier := (await self._decided()).get(_plan_name(plan)):
+                return earlier
+            self._plans, self._round = self._plans + 1, self._round + 1
+            asked = events.ReviewRequested(plan=plan, version=self._plans, round=self._round)
+            version = self._plans
+            return await self._ask(asked, lambda said: isinstance(said, events.Reviewed) and said.version == version)
+
+    async def _ask(self, question: AnyEvent, answers: Callable[[AnyEvent], bool]) -> Decision:
+        attempt = self._attempt
+        while True:
+            await self.checkpoint("approval")
+            try:
+                asked = await self._say(question)
+            except Conflict:  # a pause was asked in the same moment
+                attempt.hear(Status.PAUSED)
+                continue
+            await attempt.rest()
+            async for said in self._history(asked.id):
+                if answers(said):
+                    return _decision(said)
+            # Somebody set the task going without an answer: the question still stands.
+
+    def _name(self, kind: str, *what: Any) -> str:
+        """Of a question: the same in each attempt of this turn that asks the same for as many times."""
+        asked = msgspec.json.encode([self.task.id, self.task.turn, kind, *what], order="deterministic")
+        digest = hashlib.blake2b(asked, digest_size=10).hexdigest()
+        self._asked[digest] = times = self._asked.get(digest, 0) + 1
+        return f"{kind}_{digest}" if times == 1 else f"{kind}_{digest}_{times}"
+
+    async def _decided(self) -> dict[str, Decision]:
+        """What earlier attempts of this turn were answered; an explicit retry asks anew."""
+        if self._earlier is None:
+            decided: dict[str, Decision] = {}
+            plan = ""
+            if self.attempt > 1:
+                async for said in self._history(""):
+                    match said:
+                        case events.Continued() | events.Retried():
+                            decided.clear()
+                        case events.ReviewRequested():
+                            plan = said.plan
+                        case events.ApprovalDecided():
+                            decided[said.approval] = _decision(said)
+                        case events.Reviewed():
+                            decided[_plan_name(plan)] = _decision(said)
+                        case _:
+                            pass
+            self._earlier = decided
+        return self._earlier
+
+    async def _history(self, after: str) -> AsyncIterator[AnyEvent]:
+        """What the task's stream has kept behind a place."""
+        attempt = self._attempt
+        while True:
+            page = await self._unless_over(
+                attempt.insist(lambda after=after: attempt.store.events(self.task.org, self.task.id, after))  # type: ignore[misc]
+            )
+            if page is None or not (page.gap or page.entries):
+                return
+            after = page.entries[-1].id if page.entries else f"seq:{page.base_seq}"
+            for entry in page.entries:
+                yield entry.event
+
+    # Sub-tasks.
+
+    async def submit(
+        self,
+        query: str,
+        *,
+        queue: str = "",
+        agent: str = "",
+        context: Json | None = None,
+        title: str = "",
+        key: str = "",
+        priority: int = 0,
+        max_attempts: int = 0,
+        timeout_seconds: float = 0,
+    ) -> Child:
+        """Makes a sub-task: of the same owner and session, cancelled together with this one.
+
+        `agent` waits on its own queue, `agent:<name>`, unless another is named; without either it waits on `default`.
+        The same `key` again, in a later attempt too, is the same sub-task. A handler that waits for its children holds
+        its slot: let them wait on a queue of their own, or give the worker more slots.
+        """
+        task, attempt = self.task, self._attempt
+        if key:
+            secret = attempt.store.partitions.secret
+            id_ = "task_" + task_id_of(secret, task.org, task.id, str(task.turn), key)
+            found = await self._unless_over(attempt.insist(lambda: attempt.store.get(task.org, id_)))
+            if found and found.parent == task.id:
+                return Child(self, id_)
+        else:
+            id_ = f"task_{random_id()}"
+        child = Submission(
+            id=id_,
+            org=task.org,
+            owner=task.owner,
+            user=task.user,
+            agent=agent or "default",
+            session=task.session,
+            parent=task.id,
+            trigger=task.agent,
+            queue=queue or (f"agent:{agent}" if agent else "default"),
+            priority=priority,
+            dialect=task.dialect,
+            title=title,
+            query=query,
+            context=context or {},
+            trace=task.trace,
+            max_attempts=max_attempts,
+            deadline_seconds=timeout_seconds,
+            submission=id_,
+        )
+        await self._say(events.ChildSubmitted(task=child))
+        await self._unless_over(attempt.insist(attempt.store.queues.follow_up))
+        return Child(self, id_)
+
+    async def wait(self, child: Child) -> Task:
+        """The sub-task at its end."""
+        return await self._unless_over(self._end_of(child.id))
+
+    async def _end_of(self, id_: str) -> Task:
+        attempt, org = self._attempt, self.task.org
+        while True:
+            found = await attempt.insist(lambda: attempt.store.get(org, id_))
+            if found and found.terminal:
+                return found
+            if found:
+                with suppress(NotFound, Unavailable):
+                    async with attempt.store.follow(org, id_, found.last_event_id) as pages:
+                        async for _ in pages:
+                            pass
+                    continue
+            await asyncio.sleep(CHILD_PAUSE_SECONDS)
+
+    async def _say(self, event: AnyEvent) -> Appended:
+        return await self._unless_over(self._attempt.append(event))
+
+    async def _unless_over(self, wanted: Coroutine[Any, Any, T]) -> T:
+        """What is asked for; CancelledError when the attempt is over."""
+        if self._attempt.interrupted.done():
+            wanted.close()
+        else:
             with suppress(Over):
-                return await self._attempt.append(event)
+                return await wanted
         # The handler has been cancelled: this is where it notices, unless a task of its own speaks for it.
         await asyncio.sleep(0)
         raise asyncio.CancelledError
+
+    @property
+    def blocking(self) -> "Blocking":
+        """The same, for code that runs in a thread: made here, used there."""
+        return Blocking(self, asyncio.get_running_loop())
+
+
+class Blocking:
+    """A `Context` for functions that block their thread. Its methods are the same, and return when the answer is there:
+
+        def work(task, ctx: Blocking) -> str:
+            ctx.progress(0.5)
+            with ctx.tool("search") as call: ...
+            child = ctx.submit("…"); done = ctx.wait(child)
+
+    Any of them raises asyncio.CancelledError once the attempt is over: a thread cannot be interrupted elsewhere.
+    """
+
+    def __init__(self, context: Context, loop: asyncio.AbstractEventLoop) -> None:
+        self._context = context
+        self._loop = loop
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._context, name)
+        if inspect.iscoroutinefunction(value):
+            return lambda *args, **named: self._run(value(*args, **named))
+        return value
+
+    @contextmanager
+    def tool(self, name: str, params: Json | None = None, *, agent: str = "", message: str = "") -> Iterator[ToolCall]:
+        called = self._context.tool(name, params, agent=agent, message=message)
+        call = self._run(called.__aenter__())
+        try:
+            yield call
+        except BaseException as error:
+            self._run(called.__aexit__(type(error), error, error.__traceback__))
+            raise
+        self._run(called.__aexit__(None, None, None))
+
+    def _run(self, wanted: Coroutine[Any, Any, T]) -> T:
+        try:
+            return asyncio.run_coroutine_threadsafe(wanted, self._loop).result()
+        except CancelledError:  # the one of futures, which handlers would catch with all other exceptions
+            raise asyncio.CancelledError from None
+
+
+def _decision(event: AnyEvent) -> Decision:
+    assert isinstance(event, events.ApprovalDecided | events.Reviewed)
+    payload = event.payload if isinstance(event, events.ApprovalDecided) else {}
+    return Decision(approved=event.approved, feedback=event.feedback, payload=payload)
+
+
+def _plan_name(plan: str) -> str:
+    return f"plan:{hashlib.blake2b(plan.encode(), digest_size=16).hexdigest()}"

@@ -47,13 +47,14 @@ async def echo(task: Task, ctx: Context, *, echo: Pace | None = None) -> str:
         await ctx.checkpoint("step", {"step": step})
         if pace.delay_ms:
             await asyncio.sleep(pace.delay_ms / 1000)
-        await ctx.text("".join(words[len(words) * step // steps : len(words) * (step + 1) // steps]))
+        await ctx.delta("".join(words[len(words) * step // steps : len(words) * (step + 1) // steps]))
+        await ctx.flush()  # each step is an event of its own
         if pace.steps:
             await ctx.progress((step + 1) / steps, f"Step {step + 1} of {steps}")
     if pace.fail:
         raise Failed(pace.fail)
     tokens = len(task.query.split())
     ctx.used(model="echo-1", provider="taskcast", input_tokens=tokens, output_tokens=tokens)
-    await ctx.finish_text(task.query)
+    await ctx.output(task.query)
     await ctx.agent_completed(AGENT)
     return task.query

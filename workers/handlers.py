@@ -1,10 +1,15 @@
 """Handlers: what `@task` makes of a function, and how a worker finds them and validates their arguments."""
 
+import asyncio
 import importlib
 import inspect
 import sys
+import threading
 import typing
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,15 @@ from pydantic.fields import FieldInfo
 
 from app.errors import Misconfigured
 from app.events import Json
-from app.task import Task
 from workers.context import Context, Failed
 
 ERROR_CHARACTERS_MAX = 4000
 """Of an exception's text; the log has the whole."""
+ATTEMPTS_MAX = 100
 
 Result = str | Mapping[str, Any] | BaseModel | Struct | None
-Function = Callable[..., Coroutine[Any, Any, Result]]
+Function = Callable[..., Any]
+"""Of a Result, or a coroutine that gives one."""
 
 
 class Parameter(Struct, frozen=True, kw_only=True):
@@ -37,7 +43,13 @@ class Handler(Struct, frozen=True, kw_only=True):
     function: Function
     queues: tuple[str, ...]
     retry: tuple[type[Exception], ...]
+    max_attempts: int
+    """0: the task's own number, else 3."""
+    timeout: float | None
+    """Seconds that one attempt may take."""
     parameters: Mapping[str, Parameter]
+    blocking: bool
+    """A plain `def`: it runs in a thread of its own."""
 
     @property
     def name(self) -> str:
@@ -60,18 +72,66 @@ class Handler(Struct, frozen=True, kw_only=True):
             raise Failed(f"The task's context does not fit its worker. {'; '.join(problems)}.")
         return named
 
-    def __call__(self, task: Task, ctx: Context, **named: Any) -> Coroutine[Any, Any, Result]:
-        return self.function(task, ctx, **named)
+    async def __call__(self, ctx: Context) -> Result:
+        """Raises Failed when the task's context does not fit, and whatever the function raises."""
+        named = self.arguments(ctx.task.context)
+        result: Result
+        try:
+            if self.blocking:
+                result = await _in_thread(partial(self.function, ctx.task, ctx.blocking, **named))
+            else:
+                result = await self.function(ctx.task, ctx, **named)
+        except SystemExit as error:  # it would end the whole worker, and with each attempt another one
+            raise RuntimeError(f"the handler called sys.exit({error.code!r})") from error
+        return result
 
 
-def task(*queues: str, retry: type[Exception] | tuple[type[Exception], ...] = ()) -> Callable[[Function], Handler]:
-    """Makes `async def f(task, ctx, *, named…)` the worker of these queues.
+async def _in_thread(work: Callable[[], Any]) -> Any:
+    """The result of `work`. When this is cancelled, it goes on until the thread has ended, for nothing can stop that.
+
+    Not asyncio's own threads: at its end the process would wait for one that never ends.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+
+    def run() -> None:
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = work(), None
+        except BaseException as error:  # noqa: BLE001 (raised again below)
+            outcome = None, error
+        with suppress(RuntimeError):  # the loop is closed: the worker has gone
+            loop.call_soon_threadsafe(lambda: None if ended.done() else ended.set_result(outcome))
+
+    threading.Thread(target=copy_context().run, args=(run,), daemon=True, name="handler").start()
+    try:
+        await asyncio.wait([ended])
+    except asyncio.CancelledError:
+        await asyncio.wait([ended])
+        raise
+    result, error = ended.result()
+    if error:
+        raise error
+    return result
+
+
+def task(
+    *queues: str,
+    retry: type[Exception] | tuple[type[Exception], ...] = (),
+    max_attempts: int = 0,
+    timeout: float | None = None,
+) -> Callable[[Function], Handler]:
+    """Makes `f(task, ctx, *, named…)`, an `async def` or a plain one, the worker of these queues.
 
     It returns text (str), a JSON object (a dict or a model), or None for no text. Its named arguments are validated,
     with pydantic, from the keys of the same name in `task.context`. `raise Failed(message)` fails the task; an
-    exception named in `retry` queues it again after 1, 2, 4 … 60 s while it has attempts left; any other errors it.
+    exception named in `retry` queues it again while it has attempts left (`max_attempts`, unless the task itself names
+    a number; 3 without either), after a random time of at most 1, 2, 4 … 60 s; any other errors it. An attempt
+    that takes longer than `timeout` seconds ends the task as timed out, unless `retry` names TimeoutError.
 
-    Raises TypeError for a function of another form.
+    A plain function runs in a thread, and its `ctx` is a `Blocking`: a cancel reaches it the next time it uses that.
+
+    Raises TypeError for a function of another form, ValueError for numbers out of bounds.
     """
     if not queues or not all(isinstance(queue, str) and queue for queue in queues):
         raise TypeError('A worker names the queues it serves: @task("default").')
@@ -79,13 +139,20 @@ def task(*queues: str, retry: type[Exception] | tuple[type[Exception], ...] = ()
     kinds = retry if isinstance(retry, tuple) else (retry,)
     if not all(isinstance(kind, type) and issubclass(kind, Exception) for kind in kinds):
         raise TypeError("A worker's `retry` names types of exceptions.")
+    if not 0 <= max_attempts <= ATTEMPTS_MAX:
+        raise ValueError(f"A task has 1 to {ATTEMPTS_MAX} attempts.")
+    if timeout is not None and timeout <= 0:
+        raise ValueError("A worker's `timeout` is a number of seconds above 0.")
 
     def decorate(function: Function) -> Handler:
         return Handler(
             function=function,
             queues=queues,
             retry=kinds,
+            max_attempts=max_attempts,
+            timeout=timeout,
             parameters=_parameters(function),
+            blocking=not inspect.iscoroutinefunction(function),
         )
 
     return decorate
@@ -93,8 +160,8 @@ def task(*queues: str, retry: type[Exception] | tuple[type[Exception], ...] = ()
 
 def _parameters(function: Function) -> dict[str, Parameter]:
     name = getattr(function, "__qualname__", repr(function))
-    if not inspect.iscoroutinefunction(function):
-        raise TypeError(f"{name} must be an `async def` function: another one would block its worker's leases.")
+    if not inspect.isroutine(function) or inspect.isasyncgenfunction(function) or inspect.isgeneratorfunction(function):
+        raise TypeError(f"{name} must be a function, `async def` or `def`, that returns its result.")
     positional: list[str] = []
     named: dict[str, Parameter] = {}
     hints = typing.get_type_hints(function, include_extras=True)
@@ -111,7 +178,7 @@ def _parameters(function: Function) -> dict[str, Parameter]:
         adapter = TypeAdapter(hints.get(one.name, Any))
         named[one.name] = Parameter(adapter=adapter, required=one.default is one.empty)
     if len(positional) < 2:
-        raise TypeError(f"{name} must take a task and a context: async def {name}(task, ctx).")
+        raise TypeError(f"{name} must take a task and a context: def {name}(task, ctx).")
     return named
 
 
@@ -129,7 +196,7 @@ def load(modules: Sequence[str]) -> list[Handler]:
             raise Misconfigured(f"A worker module cannot be called {name}: that is a package of Taskcast's own.")
         handlers = [value for value in vars(_import(name)).values() if isinstance(value, Handler)]
         if not handlers:
-            raise Misconfigured(f"The module {name} has no worker: no `async def` function with @task(…) stands in it.")
+            raise Misconfigured(f"The module {name} has no worker: no function with @task(…) stands in it.")
         found |= {id(one): one for one in handlers}
     return list(found.values())
 

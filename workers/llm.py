@@ -1,8 +1,8 @@
 """A task answered by a language model, over any OpenAI-compatible endpoint.
 
 The endpoint is the environment's: OPENAI_BASE_URL, OPENAI_API_KEY and, unless the task names a model, OPENAI_MODEL;
-all are read when a task begins. The text streams as it comes, in at most one event per 30 ms. What the endpoint does
-not report (tokens, a price) is not made up.
+all are read when a task begins. The text streams as it comes. What the endpoint does not report (tokens, a price) is
+not made up.
 
 429, 5xx and refused connections are tried again, with backoff, before the first byte of an answer. A stream that
 breaks later ends the attempt, and the task is queued for another: no attempt says its text twice. Sessions are not
@@ -11,12 +11,10 @@ memory: the model sees this task's question and nothing else.
 This file must never let the key into an event, an error or a log.
 """
 
-import asyncio
 import functools
 import os
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from http import HTTPStatus
@@ -48,10 +46,6 @@ OPENAI_URL = "https://api.openai.com/v1"
 LLAMA_CPP = "llama.cpp"
 RETRIES_MAX = 5
 """After 0.5, 1, 2, 4 and 8 s, less up to a quarter, or when Retry-After says: the client's own loop."""
-INTERVAL_SECONDS = 0.03
-"""Between the end of one text event and the next: faster than eyes, slower than a fast model's tokens."""
-WAITING_CHARS_MAX = 16_384
-"""Beyond this much unsent text the model's stream is not read on: a slow store slows the model."""
 QUOTE_CHARS_MAX = 300
 """Of an endpoint's own words in an error."""
 SECRET_CHARS_MIN = 8
@@ -109,8 +103,8 @@ async def llm(
             )
         except APIError as error:
             raise Failed(endpoint.explain(error, wanted)) from None
-        async with stream, coalesced(ctx.text) as say:
-            await answer.read(stream, say)
+        async with stream:
+            await answer.read(stream, ctx.delta)
         server = stream.response.headers.get("server", "")
 
     record(ctx, answer, endpoint, server=server, model=answer.model or wanted, given=provider_override or provider)
@@ -147,9 +141,9 @@ async def conclude(ctx: Context, answer: "Answer", endpoint: "Endpoint", wanted:
         raise Failed(f"The model {wanted} {answer.why_empty()}.")
     if answer.finish == "length":
         cut = "The answer stops early: it reached the limit of tokens."
-        await ctx.note("WARNING", cut, {"finish_reason": answer.finish})
+        await ctx.emit("WARNING", cut, {"finish_reason": answer.finish})
     if answer.usage is None:
-        await ctx.note("WARNING", f"The model endpoint {name} did not report how many tokens it used.")
+        await ctx.emit("WARNING", f"The model endpoint {name} did not report how many tokens it used.")
     return text
 
 
@@ -345,44 +339,3 @@ class Answer:
             return calc_price(usage, model, provider_id=provider, price_context=context).total_price
         except LookupError:
             return None
-
-
-@asynccontextmanager
-async def coalesced(send: Say, pause: Callable[[float], Awaitable[object]] = asyncio.sleep) -> AsyncIterator[Say]:
-    """Joins what is said: the first text goes out at once, later text at most once per interval, all of it by the end.
-
-    When the body raises or is cancelled, what still waits is dropped. When `send` raises, so does this.
-    """
-    waiting: list[str] = []
-    filled, emptied = asyncio.Event(), asyncio.Event()
-    ended = False
-
-    async def say(text: str) -> None:
-        waiting.append(text)
-        filled.set()
-        while sum(map(len, waiting)) > WAITING_CHARS_MAX:
-            emptied.clear()
-            await emptied.wait()
-
-    async def write() -> None:
-        while True:
-            await filled.wait()
-            filled.clear()
-            text = "".join(waiting)
-            waiting.clear()
-            emptied.set()
-            if text:
-                await send(text)
-            if ended and not waiting:
-                return
-            await pause(INTERVAL_SECONDS)
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            group.create_task(write())
-            yield say
-            ended = True
-            filled.set()
-    except BaseExceptionGroup as group_error:
-        # Whoever reads this error wants the reason, not the tree.
-        raise group_error.exceptions[0] from None

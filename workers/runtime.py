@@ -4,6 +4,7 @@ Who decides that an attempt is over, and what then:
 
     the partition's log     cancelled, timed out, deleted, requeued or taken    ┐ the handler is cancelled at once,
     a refused event         the same, heard later                               │ and nothing more is written
+    its function's timeout  the task is timed out, or tried again               │
     a renewal's answer      the same, should the log's tail have missed it      │
     the lease's own clock   the store was away for too long                     ┘
     the worker's stop       the handler is cancelled, and the task given back, its attempt not counted
@@ -14,6 +15,7 @@ file must never do is let a handler, its errors or its silence stop the renewal 
 """
 
 import asyncio
+import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -24,13 +26,14 @@ from msgspec import Struct
 from pydantic import BaseModel
 
 from app import events
-from app.errors import Invalid, Misconfigured, Unavailable
+from app.errors import Invalid, Misconfigured, TaskcastError, Unavailable
 from app.events import FINAL_OUTPUT, RESULT_BYTES_MAX, AnyEvent
 from app.log import Logged
 from app.queues import Claimed
 from app.store import Store
 from app.task import TERMINAL, Status, Task
-from workers.context import GONE, LEASE, LOST, TAKEN, Attempt, Context, Failed, Over
+from workers.attempt import GONE, LEASE, LOST, TAKEN, Attempt, Over
+from workers.context import Context, Failed
 from workers.handlers import Handler, Result, by_queue, sentence, short
 
 logger = structlog.get_logger()
@@ -39,9 +42,13 @@ TICK_SECONDS = 1.0
 """Between two looks at what is due; deadlines and lost leases are noticed so late at most."""
 PAUSE_SECONDS = 1.0
 """Before claims go on after an error of the store."""
+LATE_SECONDS = 0.1
+"""A handler's timeout is noticed so late at most, if it was paused meanwhile."""
 RENEW_PAUSE_SECONDS_MAX = 0.2
 """Between two tries of a renewal that failed: a lease may have little time left."""
 BACKOFF_SECONDS_MAX = 60
+
+STOPPED = events.Requeued(message="The worker stopped and gave the task back.", refund=True)
 
 # What an attempt comes to
 
@@ -61,12 +68,23 @@ def conclusion(handler: Handler, context: Context, work: asyncio.Task[Result]) -
         if isinstance(leaf, Failed):
             text = short(str(leaf)) or "The task failed."
             return [events.Failed(message=text, error=text)]
-    task = context.task
-    if all(isinstance(leaf, handler.retry) for leaf in leaves) and task.attempts_left > 0:
-        seconds = backoff_seconds(task.attempt)
-        said = f"Attempt {task.attempt} ended with {sentence(leaves[0])}; the next one begins in {seconds} s."
-        return [events.Requeued(message=said, delay_seconds=seconds)]
+    if all(isinstance(leaf, handler.retry) for leaf in leaves) and context.task.attempts_left > 0:
+        return [_again(context.task, sentence(leaves[0]))]
     return [_errored(leaves[0])]
+
+
+def timed_out(handler: Handler, task: Task) -> AnyEvent:
+    """What is said of a handler that took longer than its function allows."""
+    text = f"The attempt took longer than {handler.timeout:g} s."
+    if any(issubclass(TimeoutError, kind) for kind in handler.retry) and task.attempts_left > 0:
+        return _again(task, text)
+    return events.TimedOut(message=text, error=text)
+
+
+def _again(task: Task, error: str) -> events.Requeued:
+    seconds = backoff_seconds(task.attempt - task.refunds)
+    message = f"Attempt {task.attempt} ended with {error.removesuffix('.')}; the next one begins in {seconds:.1f} s."
+    return events.Requeued(message=message, error=error, delay_seconds=seconds)
 
 
 def _errored(error: BaseException) -> events.Errored:
@@ -91,7 +109,7 @@ def answer(result: Result, context: Context) -> list[AnyEvent]:
         raise ValueError(f"the result has {size} bytes; at most {RESULT_BYTES_MAX} are allowed")
     usage = context.take_usage()
     said: list[AnyEvent] = []
-    if kind == "text" and context.final_text != text:
+    if kind == "text" and text and context.final_text != text:
         duration = context.elapsed_ms
         said = [events.TextCompleted(agent=FINAL_OUTPUT, text=text, usage=usage, duration_ms=duration)]
         usage = None
@@ -114,9 +132,9 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-def backoff_seconds(attempt: int) -> int:
-    """1, 2, 4 … 60 after attempts 1, 2, 3 …"""
-    return min(1 << min(attempt - 1, 6), BACKOFF_SECONDS_MAX)
+def backoff_seconds(attempt: int) -> float:
+    """At random up to 1, 2, 4 … 60 after attempts 1, 2, 3 …: many that failed together do not come back together."""
+    return random.uniform(0, min(1 << min(attempt - 1, 6), BACKOFF_SECONDS_MAX))
 
 
 # The worker
@@ -164,7 +182,7 @@ class Worker:
         """Events that the store would not have from this worker."""
         self._store = store
         self._handlers = handlers
-        self._queues = sorted(handlers)
+        self._queues = {queue: handlers[queue].max_attempts for queue in sorted(handlers)}
         self._stop = stop
         self._slots = slots
         self._lease_seconds = store.settings.lease_seconds
@@ -177,7 +195,7 @@ class Worker:
         self._log = logger.bind(worker=name)
 
     async def run(self) -> None:
-        self._log.info("worker.started", queues=self._queues, slots=self._slots)
+        self._log.info("worker.started", queues=[*self._queues], slots=self._slots)
         try:
             async with self._store.watch(self._hear), asyncio.TaskGroup() as group:
                 rounds = [group.create_task(ticker(self._store)), group.create_task(self._renew())]
@@ -195,7 +213,7 @@ class Worker:
         """Until the stop."""
         while not self._stop.is_set():
             try:
-                async with self._store.queues.waiting(self._queues) as woken:
+                async with self._store.queues.waiting([*self._queues]) as woken:
                     while not self._stop.is_set():
                         await self._claim_free(woken)
             except Unavailable as error:
@@ -253,13 +271,11 @@ class Worker:
     # One attempt
 
     async def _attend(self, attempt: Attempt) -> None:
-        one = attempt.claimed
-        log = self._log.bind(task_id=one.task, org=one.org, fence=one.fence)
+        one, task = attempt.claimed, attempt.claimed.found
+        log = self._log.bind(task_id=one.task, org=one.org, fence=one.fence, attempt=task.attempt)
+        log.info("task.claimed", queue=task.queue)
         try:
-            task = await attempt.read()
-            log = log.bind(attempt=task.attempt)
-            log.info("task.claimed", queue=task.queue)
-            await self._work(attempt, task, log)
+            await self._work(attempt, log)
         except Over:
             self._log_over(attempt, log)
             if attempt.lost == LOST:
@@ -273,39 +289,65 @@ class Worker:
             if self._held.get((one.org, one.task)) is attempt:
                 del self._held[one.org, one.task]
 
-    async def _work(self, attempt: Attempt, task: Task, log: Any) -> None:
-        """Runs the handler, and appends what came of it. Raises Over."""
-        context, handler = Context(attempt, task), self._handlers[task.queue]
-        work: asyncio.Task[Result] | None = None
-        if not self._stop.is_set():
-            work = attempt.work = asyncio.create_task(_call(handler, context), name=f"handler {task.id}")
-            try:
-                await self._until_done(attempt, work, log)
-            finally:
-                attempt.interrupted.set()
-                work.cancel()
+    async def _work(self, attempt: Attempt, log: Any) -> None:
+        """Runs the handler, and says what came of it. Raises Over."""
+        context = Context(attempt)
+        handler = self._handlers[context.task.queue]
+        if self._stop.is_set():
+            await self._conclude(attempt, [STOPPED], None, log)
+            return
+        work = attempt.work = asyncio.create_task(handler(context), name=f"handler {context.task.id}")
+        try:
+            late = await self._until_late(attempt, work, handler.timeout)
+            if late:
+                attempt.interrupt()
+                await self._conclude(attempt, [timed_out(handler, context.task)], None, log)
+            await self._until_ended(attempt, work, log)
+        finally:
+            attempt.interrupt()
+        if late:
+            return
         if attempt.lost:
             raise Over(attempt.lost)
-        if work is None or attempt.stopped:
-            message = "The worker stopped and gave the task back."
-            said: list[AnyEvent] = [events.Requeued(message=message, refund=True)]
+        if attempt.stopped:
+            said: list[AnyEvent] = [STOPPED]
         else:
             said = conclusion(handler, context, work)
+            try:
+                await attempt.settle()
+            except TaskcastError as error:  # of a text that the handler did not wait for
+                if work.cancelled() or not work.exception():
+                    said = [_errored(error)]
+        await self._conclude(attempt, said, work, log)
+
+    async def _conclude(
+        self, attempt: Attempt, said: list[AnyEvent], work: asyncio.Task[Result] | None, log: Any
+    ) -> None:
         try:
-            for event in said:
-                await attempt.append(event)
+            for answer in [attempt.say(event) for event in said]:
+                await answer
         except Invalid as error:  # for example a text that takes more room as JSON than an event may have
             said = [_errored(error)]
             await attempt.append(said[0])
         self._log_end(said[-1], work, log)
 
-    async def _until_done(self, attempt: Attempt, work: asyncio.Task[Result], log: Any) -> None:
-        """Until the handler has ended; or, when the worker stops, until it has been waited for long enough."""
-        interrupted = asyncio.ensure_future(attempt.interrupted.wait())
-        try:
-            await asyncio.wait([work, interrupted], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            interrupted.cancel()
+    async def _until_late(self, attempt: Attempt, work: asyncio.Task[Result], seconds: float | None) -> bool:
+        """Until the handler has ended or was interrupted; or True: it took too long. Pauses do not count."""
+        now = asyncio.get_running_loop().time
+        began, left = now(), seconds
+        both: tuple[asyncio.Future[Any], ...] = (work, attempt.interrupted)
+        while True:
+            await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if work.done() or attempt.interrupted.done():
+                return False
+            assert seconds is not None, "without a timeout nothing else ends the wait"
+            left = began + seconds + attempt.rested_seconds - now()
+            if left <= 0:
+                return True
+            left = max(left, LATE_SECONDS)
+
+    async def _until_ended(self, attempt: Attempt, work: asyncio.Task[Result], log: Any) -> None:
+        """Until an interrupted handler has ended; or, when the worker stops, until it was waited for long enough."""
         if not work.done():
             await asyncio.wait([work], timeout=self._grace_seconds)
         if not work.done():
@@ -329,8 +371,10 @@ class Worker:
             log.info("task.failed", error=event.error)
         elif isinstance(event, events.Requeued):
             log.info("task.requeued", reason=event.message, delay_seconds=event.delay_seconds)
+        elif isinstance(event, events.TimedOut):
+            log.warning("task.timed_out", error=event.error)
         else:
-            assert isinstance(event, events.Errored), "an attempt comes to one of these four"
+            assert isinstance(event, events.Errored), "an attempt comes to one of these five"
             error = work.exception() if work and not work.cancelled() else None
             log.error("task.errored", error=event.error, exc_info=error)
 
@@ -388,10 +432,3 @@ class Worker:
         if self._runners:
             # Handlers that ignore their cancellation, and a store that is away, get the same time once more.
             await asyncio.wait(self._runners, timeout=self._grace_seconds + PAUSE_SECONDS)
-
-
-async def _call(handler: Handler, context: Context) -> Result:
-    try:
-        return await handler(context.task, context, **handler.arguments(context.task.context))
-    except SystemExit as error:  # it would end the whole worker, and with each attempt another one
-        raise RuntimeError(f"the handler called sys.exit({error.code!r})") from error

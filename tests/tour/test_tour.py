@@ -30,7 +30,7 @@ from workers import Context, runtime, task
 async def shout(task: Task, ctx: Context, *, pause_seconds: float = 0) -> str:
     for word in task.query.split():
         await ctx.checkpoint("step")
-        await ctx.text(f"{word.upper()} ")
+        await ctx.delta(f"{word.upper()} ")
         await asyncio.sleep(pause_seconds)
     return f"{task.query.upper()}!"
 

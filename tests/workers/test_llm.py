@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from decimal import Decimal
 from typing import Any, cast
 
+import msgspec
 import pytest
 from openai.types import CompletionUsage
 from openai.types.completion_usage import PromptTokensDetails
@@ -16,13 +17,10 @@ from app.task import Status, Task
 from tests.waiting import wait_until
 from workers import Context, Failed
 from workers.llm import (
-    INTERVAL_SECONDS,
     RETRIES_MAX,
-    WAITING_CHARS_MAX,
     Answer,
     BrokenOffError,
     Endpoint,
-    coalesced,
     llm,
 )
 
@@ -144,8 +142,9 @@ class Recorder:
         self.usage: list[dict[str, Any]] = []
         self.notes: list[tuple[str, str]] = []
         self.checkpoints = 0
+        self.task = asking()
 
-    async def text(self, delta: str) -> None:
+    async def delta(self, delta: str) -> None:
         began = time.monotonic()
         await asyncio.sleep(0)
         self.texts.append(delta)
@@ -154,7 +153,7 @@ class Recorder:
     def used(self, **consumed: Any) -> None:
         self.usage.append(consumed)
 
-    async def note(self, name: str, message: str, _payload: Mapping[str, Any] | None = None) -> None:
+    async def emit(self, name: str, message: str, _payload: Mapping[str, Any] | None = None) -> None:
         self.notes.append((name, message))
 
     async def checkpoint(self, _: str) -> None:
@@ -190,7 +189,8 @@ def ask(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Awaitable[str]]:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("OPENAI_API_KEY", key)
         context = {"model": MODEL} | named
-        answer = await llm(asking(), cast("Context", ctx), **llm.arguments(context))
+        ctx.task = msgspec.structs.replace(ctx.task, context=context)
+        answer = await llm(cast("Context", ctx))
         assert isinstance(answer, str)
         return answer
 
@@ -254,17 +254,6 @@ async def test_without_any_model_the_task_fails_and_says_what_to_do(ask: Ask) ->
 def test_what_a_task_asks_for_is_checked(named: dict[str, object]) -> None:
     with pytest.raises(Failed, match=f"context.{next(iter(named))}: "):
         llm.arguments(named)
-
-
-async def test_text_events_keep_their_distance_and_lose_nothing(ask: Ask) -> None:
-    words = [f"word{number} " for number in range(300)]
-    ctx = Recorder()
-    async with serving(telling(*map(chunk, words), chunk(finish="stop"), usage(1, 300))) as server:
-        assert await ask(ctx, server) == "".join(words)
-    assert "".join(ctx.texts) == "".join(words)
-    assert len(ctx.texts) < len(words)
-    for (_, ended), (began, _) in zip(ctx.at, ctx.at[1:], strict=False):
-        assert began - ended >= INTERVAL_SECONDS * 0.9  # a timer may be early by the clock's resolution
 
 
 async def test_llama_cpp_says_its_own_name_and_costs_nothing(ask: Ask) -> None:
@@ -534,110 +523,13 @@ async def test_a_store_that_refuses_text_ends_the_stream_with_its_own_error(ask:
         gone.set()
 
     class Full(Recorder):
-        async def text(self, delta: str) -> None:
+        async def delta(self, delta: str) -> None:
             raise LookupError(f"no room for {delta}")
 
     async with serving(reply) as server:
         with pytest.raises(LookupError, match="no room for Hel"):
             await ask(Full(), server)
         await wait_until(gone.is_set, "the server sees the connection close")
-
-
-# Coalescing, with a clock that stands still until it is moved
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.waiting: list[asyncio.Future[None]] = []
-
-    async def pause(self, seconds: float) -> None:
-        assert seconds == INTERVAL_SECONDS
-        self.waiting.append(asyncio.get_running_loop().create_future())
-        await self.waiting[-1]
-
-    async def pauses(self, count: int) -> None:
-        await wait_until(lambda: len(self.waiting) == count, f"pause number {count} begins")
-
-    def tick(self) -> None:
-        self.waiting[-1].set_result(None)
-
-
-async def test_the_first_text_goes_at_once_and_later_text_together_after_the_interval() -> None:
-    clock, ctx = Clock(), Recorder()
-    async with coalesced(ctx.text, clock.pause) as say:
-        await say("a")
-        await clock.pauses(1)
-        assert ctx.texts == ["a"]
-        for text in "bcd":
-            await say(text)
-        await asyncio.sleep(0)
-        assert ctx.texts == ["a"]
-        clock.tick()
-        await clock.pauses(2)
-        assert ctx.texts == ["a", "bcd"]
-        await say("e")
-        clock.tick()
-        await clock.pauses(3)
-        await say("f")
-        clock.tick()
-    assert ctx.texts == ["a", "bcd", "e", "f"]
-
-
-async def test_text_goes_at_once_again_after_a_silence() -> None:
-    clock, ctx = Clock(), Recorder()
-    async with coalesced(ctx.text, clock.pause) as say:
-        await say("a")
-        await clock.pauses(1)
-        clock.tick()
-        await say("b")
-        await clock.pauses(2)
-        assert ctx.texts == ["a", "b"]
-        clock.tick()
-
-
-async def test_what_waits_at_the_end_still_goes_out() -> None:
-    async def at_once(_seconds: float) -> None:
-        await asyncio.sleep(0)
-
-    ctx = Recorder()
-    async with coalesced(ctx.text, at_once) as say:
-        for text in "abc":
-            await say(text)
-    assert "".join(ctx.texts) == "abc"
-
-
-async def test_nothing_said_is_nothing_sent() -> None:
-    ctx = Recorder()
-    async with coalesced(ctx.text):
-        pass
-    assert ctx.texts == []
-
-
-async def test_a_slow_store_holds_the_model_back() -> None:
-    clock, ctx = Clock(), Recorder()
-    async with coalesced(ctx.text, clock.pause) as say:
-        await say("a")
-        await clock.pauses(1)
-        await say("x" * WAITING_CHARS_MAX)
-        held = asyncio.ensure_future(say("y"))
-        await asyncio.sleep(0)
-        assert not held.done()
-        clock.tick()
-        await held
-        assert ctx.texts == ["a", "x" * WAITING_CHARS_MAX + "y"]
-        await clock.pauses(2)
-        clock.tick()
-
-
-async def test_text_that_waits_is_dropped_when_the_body_raises() -> None:
-    clock, ctx = Clock(), Recorder()
-    with pytest.raises(KeyError, match="mine"):
-        async with coalesced(ctx.text, clock.pause) as say:
-            await say("a")
-            await clock.pauses(1)
-            await say("b")
-            raise KeyError("mine")
-    assert ctx.texts == ["a"]
 
 
 # The endpoint and its prices
