@@ -15,5 +15,6 @@ them, `attempt.py` sends what is said, `rehearsal.py` is `run_task`, `echo.py` a
 from app.events import Usage
 from workers.context import Blocking, Child, Context, Decision, Failed
 from workers.handlers import task
+from workers.rehearsal import run_task
 
-__all__ = ["Blocking", "Child", "Context", "Decision", "Failed", "Usage", "task"]
+__all__ = ["Blocking", "Child", "Context", "Decision", "Failed", "Usage", "run_task", "task"]

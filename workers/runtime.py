@@ -260,7 +260,7 @@ class Worker:
         attempt = Attempt(self._store, claimed, worker=self.name)
         attempt.keep(lease_until)
         self._held[claimed.org, claimed.task] = attempt
-        runner = asyncio.create_task(self._attend(attempt), name=f"attempt {claimed.task} {claimed.fence}")
+        runner = asyncio.create_task(self.attend(attempt), name=f"attempt {claimed.task} {claimed.fence}")
         self._runners.add(runner)
         runner.add_done_callback(self._free)
 
@@ -270,7 +270,8 @@ class Worker:
 
     # One attempt
 
-    async def _attend(self, attempt: Attempt) -> None:
+    async def attend(self, attempt: Attempt) -> None:
+        """Runs an attempt to its end, whatever that is."""
         one, task = attempt.claimed, attempt.claimed.found
         log = self._log.bind(task_id=one.task, org=one.org, fence=one.fence, attempt=task.attempt)
         log.info("task.claimed", queue=task.queue)
