@@ -5,20 +5,29 @@ the other one. The machine may be shared, so what counts is the CPU time that th
 it is user plus system time, to the nanosecond, which `utime` and `stime` show in hundredths of a second only.
 """
 
+import argparse
 import asyncio
 import json
+import logging
 import os
+import platform
 import resource
 import shutil
 import signal
 import socket
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Self
+
+import structlog
+import uvloop
 
 SCRIPTS = Path(__file__).parent
 RESULTS = Path("bench-results.json")
@@ -123,6 +132,17 @@ class Process:
         """Memory that is its own, and its share of what it has together with others."""
         return sum(_pss_bytes(pid) for pid in self._family())
 
+    @contextmanager
+    def held_still(self) -> Iterator[None]:
+        """It gets no CPU meanwhile, so that work can be laid before it and clocks be read."""
+        pid = self._running.pid
+        self._running.send_signal(signal.SIGSTOP)
+        try:
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            yield
+        finally:
+            self._running.send_signal(signal.SIGCONT)
+
     def _family(self) -> Iterator[int]:
         pid = self._running.pid
         yield pid
@@ -222,6 +242,7 @@ class Load:
         return counts
 
 
+@cache
 def compiled_load(folder: Path) -> Path:
     """Raises NotMeasured."""
     if not (compiler := shutil.which("cc")):
@@ -272,3 +293,149 @@ def measuring(*clocks: Callable[[], int]) -> Iterator[list[int]]:
     before = [clock() for clock in clocks]
     yield spent
     spent += [clock() - start for clock, start in zip(clocks, before, strict=True)]
+
+
+# What a benchmark is made of
+
+
+@dataclass
+class Goal:
+    name: str
+    limit: float
+    found: float | None
+    """None: not measured."""
+
+    @property
+    def verdict(self) -> str:
+        return "not measured" if self.found is None else "met" if self.found <= self.limit else "not met"
+
+
+@dataclass
+class Section:
+    """What one of a benchmark's functions has measured."""
+
+    rows: dict[str, Figures] = field(default_factory=dict)
+    goals: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Bench:
+    folder: Path
+    rounds: int
+
+    @contextmanager
+    def place(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.folder) as made:
+            yield Path(made)
+
+
+Measures = Callable[[Path], Awaitable[Figures]]
+"""One round of one side, in a folder of its own."""
+Measured = Mapping[str, Sequence[Figures]]
+"""Of each side, its rounds."""
+
+
+async def interleaved(bench: Bench, section: Section, what: str, sides: Mapping[str, Measures]) -> Measured:
+    """All sides in turn, for as many rounds. One that cannot be measured is left out from then on."""
+    found: dict[str, list[Figures]] = {name: [] for name in sides}
+    for number in range(bench.rounds):
+        for name, measure in sides.items():
+            if name not in found:
+                continue
+            with bench.place(what) as folder:
+                try:
+                    found[name].append(await measure(folder))
+                except NotMeasured as reason:
+                    section.notes.append(f"{name}: not measured: {reason}")
+                    section.notes += [tail(log) for log in folder.glob("*.log")]
+                    del found[name]
+        sys.stderr.write(f"{what}: round {number + 1} of {bench.rounds}\n")
+    section.rows |= {name: medians(rounds) for name, rounds in found.items()}
+    return found
+
+
+def goal(found: Measured, name: str, limit: float, ours: str, theirs: str, figure: str) -> Goal:
+    both = ours in found and theirs in found
+    return Goal(name, limit, ratio(found[ours], found[theirs], figure) if both else None)
+
+
+def cell(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.2f}"
+
+
+def show(name: str, about: str, section: Section, heads: Mapping[str, str]) -> None:
+    print(f"\n{name}: {about}")
+    if section.rows:
+        columns = next(iter(section.rows.values()))
+        head = ["", *(heads[column] for column in columns)]
+        print(table(head, [[side, *map(cell, row.values())] for side, row in section.rows.items()]))
+    print("".join(f"{note}\n" for note in section.notes), end="", flush=True)
+
+
+def show_goals(goals: Sequence[Goal]) -> None:
+    rows = [(one.name, f"{one.limit:g}", "" if one.found is None else f"{one.found:.2f}", one.verdict) for one in goals]
+    print(f"\n{table(('goal', 'at most', 'found', ''), rows)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """A benchmark as a command: its sections, what their columns are called, and what its tables need said."""
+
+    name: str
+    about: str
+    sections: Mapping[str, Callable[[Bench], Awaitable[Section]]]
+    heads: Mapping[str, str]
+    legend: str
+
+    def main(self) -> None:
+        asked = self._asked()
+        try:
+            prepare()
+            server_core, load_core = cores()
+            print(f"Servers run on core {server_core}, everything else on core {load_core}. Rounds: {asked.rounds}.")
+            print(self.legend, flush=True)
+            structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+            with (
+                tempfile.TemporaryDirectory(prefix="taskcast-bench-") as folder,
+                asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            ):
+                found = runner.run(self._measured(Bench(Path(folder), asked.rounds), asked.only or [*self.sections]))
+        except NotMeasured as reason:
+            sys.exit(f"Not measured: {reason}")
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            sys.exit("Stopped.")
+        show_goals([goal for section in found.values() for goal in section.goals])
+        self._write(found, asked.rounds)
+
+    def _asked(self) -> argparse.Namespace:
+        parser = argparse.ArgumentParser(prog=f"scripts/bench {self.name}", description=self.about.splitlines()[0])
+        parser.add_argument("--rounds", type=int, default=5, choices=range(1, 100), metavar="N")
+        parser.add_argument("--only", choices=self.sections, action="append", help="may be given more than once")
+        return parser.parse_args()
+
+    async def _measured(self, bench: Bench, names: Sequence[str]) -> dict[str, Section]:
+        main_task = asyncio.current_task()
+        assert main_task
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)
+        found: dict[str, Section] = {}
+        for what in names:
+            measure = self.sections[what]
+            try:
+                found[what] = await measure(bench)
+            except NotMeasured as reason:
+                found[what] = Section(notes=[f"not measured: {reason}"])
+            show(what, measure.__doc__ or "", found[what], self.heads)
+        return found
+
+    def _write(self, found: Mapping[str, Section], rounds: int) -> None:
+        machine = {"system": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
+        sections = {
+            name: {
+                "rows": one.rows,
+                "goals": [{**asdict(goal), "verdict": goal.verdict} for goal in one.goals],
+                "notes": one.notes,
+            }
+            for name, one in found.items()
+        }
+        write_results(self.name, {"rounds": rounds, "machine": machine, "sections": sections})

@@ -72,7 +72,7 @@ async def test_nothing_acknowledged_is_lost_when_writers_and_valkey_are_killed(t
         for writer in writers:
             writer.kill()
             await writer.wait()
-    async with open_store(Settings(data=tmp_path / "data", lease_seconds=1)) as store:
+    async with open_store(Settings(data=tmp_path / "data", lease_seconds=1, fsync="always")) as store:
         await check(store, acks(tmp_path))
 
 

@@ -78,7 +78,8 @@ async def forever(coroutine_of: object) -> None:
 
 async def main(folder: Path, name: str) -> None:
     acks = os.open(folder / f"{name}.acks", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    settings = Settings(data=folder / "data", lease_seconds=1, events_per_mark=5000)
+    # Only this promises that what the store has answered for outlives the server, however slow the disk.
+    settings = Settings(data=folder / "data", lease_seconds=1, events_per_mark=5000, fsync="always")
     async with open_store(settings) as store:
         writer = Writer(store, name, acks)
 

@@ -259,7 +259,12 @@ class Proxy:
         await asyncio.gather(*serving, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", self._port)
+        connecting = asyncio.create_task(asyncio.open_connection("127.0.0.1", self._port))
+        try:
+            behind_reader, behind_writer = await asyncio.shield(connecting)
+        except asyncio.CancelledError:  # a connection that nobody holds any more would be reported
+            (await connecting)[1].transport.abort()
+            raise
         line = Line(self, behind_writer)
         asking = asyncio.create_task(line.ask(reader))
         try:
