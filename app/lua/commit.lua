@@ -260,9 +260,7 @@ local function write(plan)
   end
   if change.clear and #change.clear > 0 then redis.call('HDEL', plan.task, unpack(change.clear)) end
   for name, value in pairs(change.set or {}) do set(name, value) end
-  for name, value in pairs(change.fill or {}) do
-    if not plan.fields[name] then set(name, value) end
-  end
+  for name in pairs(change.fill or {}) do set(name, after[name]) end
   for _, name in ipairs(change.stamp or {}) do set(name, stamp) end
   for name, micros in pairs(change.later or {}) do
     after[name] = digits(at + micros)
