@@ -351,10 +351,18 @@ def encode(event: AnyEvent) -> bytes:
         size = len(event.result.encode())
         if size > RESULT_BYTES_MAX:
             raise TooLarge(f"The result has {size} bytes; at most {RESULT_BYTES_MAX} are allowed.")
+    if isinstance(event, Submitted | ChildSubmitted):
+        _check_times(event.task)
     if raw.count(b"[") + raw.count(b"{") > DEPTH_MAX and _depth(raw) > DEPTH_MAX:
         raise Invalid(f"The event is nested deeper than {DEPTH_MAX} levels.")
     decode(raw)  # msgspec checks bounds and patterns only when it decodes
     return raw
+
+
+def _check_times(task: Submission) -> None:
+    for limit, name in ((task.ttl_seconds, "time to live"), (task.deadline_seconds, "deadline")):
+        if 0 < limit <= task.delay_seconds:
+            raise Invalid(f"The task could never start: its {name} ({limit:g} s) ends before its delay does.")
 
 
 def _depth(raw: bytes) -> int:
