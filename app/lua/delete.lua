@@ -1,6 +1,6 @@
 -- Removes a task: appends `deleted` to the partition's log, then removes everything of it. KEYS[1] its snapshot.
 -- ARGV: org, id, event, rows, and the score in `ended` that the caller saw ('' without). Answers as append.lua.
--- A tombstone keeps seq and fence 24 h for a reused id.
+-- A tombstone keeps seq and fence 24 h for a reused id, and the submission, of which a late repeat makes no new task.
 local org, id = ARGV[3], ARGV[4]
 local fields = load(org, id)
 if not fields then return { 'not_found', '0', '', '0', '', '0' } end
@@ -13,21 +13,32 @@ local plan = {
 prepare(plan)
 local spent = redis.call('HMGET', plan.task, 'input_tokens', 'output_tokens', 'cost_nano')
 local grave = key('tombstone', org .. ':' .. id)
+local lists, sets = {}, { key('leases'), key('due'), key('ended') }
+for _, names in ipairs({
+  task_indexes_of(fields, org),
+  status_indexes_of(fields, org, fields.status),
+  fields.waits and waiting_indexes_of(fields, org) or {},
+  fields.internal_status and { internal_index_of(org, fields.internal_status) } or {},
+}) do
+  for _, name in ipairs(names) do lists[#lists + 1] = name end
+end
+sets[#sets + 1] = key('ready', fields.queue)
+sets[#sets + 1] = key('ready-of', org .. ':' .. fields.queue)
+for _, name in ipairs(lists) do touch('zset', name) end
+for _, name in ipairs(sets) do touch('zset', name) end
 touch('hash', grave)
+if fields.session then
+  touch('zset', key('sessions', org .. ':' .. (fields.owner or '')))
+  touch('hash', key('totals', org .. ':' .. (fields.owner or '') .. ':' .. fields.session))
+end
 
 plan.entry_id, plan.at = log_entry(plan, fields.status, 'gone')
 redis.call('DEL', plan.task, plan.events, plan.text, plan.next, plan.next_text, plan.base, plan.base_text)
-redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence)
+redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence, 'created_at', fields.created_at,
+  'submission', fields.submission or '')
 redis.call('EXPIRE', grave, 86400)
-for _, name in ipairs(task_indexes_of(fields, org)) do redis.call('ZREM', name, id) end
-for _, name in ipairs(status_indexes_of(fields, org, fields.status)) do redis.call('ZREM', name, id) end
-for _, name in ipairs(fields.waits and waiting_indexes_of(fields, org) or {}) do redis.call('ZREM', name, id) end
-if fields.internal_status then redis.call('ZREM', internal_index_of(org, fields.internal_status), id) end
-redis.call('ZREM', key('ready', fields.queue), plan.member)
-redis.call('ZREM', key('ready-of', org .. ':' .. fields.queue), plan.member)
-redis.call('ZREM', key('leases'), plan.member)
-redis.call('ZREM', key('due'), plan.member)
-redis.call('ZREM', key('ended'), plan.member)
+for _, name in ipairs(lists) do redis.call('ZREM', name, id) end
+for _, name in ipairs(sets) do redis.call('ZREM', name, plan.member) end
 redis.call('HINCRBY', key('count'), 'tasks', -1)
 if fields.session then
   local owner = fields.owner or ''

@@ -13,7 +13,8 @@ if found then
   return { answer, found.last_seq, found.last_event_id, found.created_at, found.status, found.attempt }
 end
 -- A reused id goes on where the deleted task ended, so that an old cursor or fence can never mean a new thing.
-local grave = redis.call('HMGET', key('tombstone', org .. ':' .. id), 'last_seq', 'fence')
+local grave = redis.call('HMGET', key('tombstone', org .. ':' .. id), 'last_seq', 'fence', 'submission', 'created_at')
+if ARGV[7] ~= '' and grave[3] == ARGV[7] then return { 'duplicate', grave[1], '', grave[4], 'gone', '0' } end
 local fields = {}
 if grave[1] then fields = { last_seq = grave[1], fence = grave[2] } end
 local plan = {

@@ -238,7 +238,7 @@ async def test_a_reader_of_a_deleted_task_never_sees_the_next_one_of_that_id(sto
     reading = asyncio.create_task(read())
     await wait_until(lambda: len(seen) == 2, "history arrives")
     await store.delete("o", "t")
-    await running(store, owner="another")
+    await running(store, owner="another", submission="again")
     go_on.set()
     await reading
     assert seen[2:] == [Ended(last_id="", seq=2)]
