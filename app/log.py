@@ -24,6 +24,9 @@ PAGE_ENTRIES = 500
 CURSOR = re.compile(r"|[0-9]{1,15}-[0-9]{1,15}|seq:[0-9]{1,15}")
 """Fits the script's numbers."""
 ID = re.compile(r"[0-9]{1,15}-[0-9]{1,15}")
+BATCH_EVENTS_MAX = 500
+BATCH_BYTES_MAX = 1024 * 1024
+"""Of what a worker says at once. Less than a repeat looks back at (`append.lua`), and a script's moment at most."""
 
 
 class Partitions:
@@ -114,10 +117,10 @@ class Said(Struct, frozen=True, gc=False):
     rows: bytes
 
 
-def said(event: AnyEvent) -> Said:
-    """Encoded and checked, once. Raises Invalid; TooLarge beyond EVENT_BYTES_MAX."""
+def said(event: AnyEvent, only: str = "") -> Said:
+    """Encoded and checked, once; `only`: legal in no other status. Raises Invalid; TooLarge beyond EVENT_BYTES_MAX."""
     assert not isinstance(event, events.Submitted | events.Started | events.Deleted), "these have their own steps"
-    return Said(event, events.tag(event), events.encode(event), rows(event))
+    return Said(event, events.tag(event), events.encode(event), rows(event, only))
 
 
 class Log:
@@ -135,7 +138,7 @@ class Log:
 
         Raises Conflict when the id is taken, or when its idempotency key came with another body.
         """
-        event = events.Submitted(actor=actor, message="Task submitted.", task=task)
+        event = _submitted(task, actor)
         place, head = self._place(task.org, task.id)
         args: list[Arg] = [*head, task.org, task.id, events.encode(event), rows(event), task.submission, task.body_hash]
         answer = await self.door.run("submit", [place], args, repeat=True)
@@ -156,18 +159,19 @@ class Log:
         n: int | None = None,
         operation: str = "",
         seen: tuple[str, bytes] = ("", b""),
+        status: str = "",
     ) -> Appended:
         """Appends one event, and its effect on the snapshot, in one step.
 
         A worker gives its fence, and n = 1, 2, 3 … per attempt; a control call gives a random `operation`: both make
         a repeat harmless. The ticker gives what it has `seen`: a set (`leases`, `due`) and the task's score there;
-        if that moved, the append is Stale.
+        if that moved, the append is Stale. `status`: the event is for this one only, elsewhere a Conflict.
         One append at a time per attempt: after a store's restart pipelined ones may arrive out of order.
         Raises NotFound, Conflict, Stale, OutOfOrder, TooLarge, Unavailable, Full.
         """
         submission = event.submission if isinstance(event, events.Continued) else ""
         repeat = bool(operation or submission) or (fence is not None and n is not None) or bool(seen[0])
-        numbered = [("" if n is None else n, said(event))]
+        numbered = [("" if n is None else n, said(event, status))]
         (outcome,) = await self._append(org, task, numbered, fence, (operation, *seen, submission), repeat=repeat)
         if isinstance(outcome, TaskcastError):
             raise outcome
@@ -179,8 +183,11 @@ class Log:
         """Appends a worker's events under the numbers n, n + 1, … Each is a step of its own; all take one round trip.
 
         Answers for each in turn. The first refusal is the last answer: what follows it was not looked at.
-        Raises Unavailable, Full.
+        Repeated in full, what was stored already is a duplicate, and the rest is looked at again.
+        Raises Invalid and TooLarge, of any of them or of all together, before the first is sent; Unavailable, Full.
         """
+        if len(batch) > BATCH_EVENTS_MAX:
+            raise TooLarge(f"These are {len(batch)} events; at most {BATCH_EVENTS_MAX} are allowed at once.")
         return await self._append(org, task, list(enumerate(batch, n)), fence, ("", "", b"", ""), repeat=True)
 
     async def _append(
@@ -195,8 +202,16 @@ class Log:
     ) -> list[Appended | TaskcastError]:
         place, head = self._place(org, task)
         args: list[Arg] = [*head, org, task, "" if fence is None else fence, *options]
+        size = 0
         for n, one in numbered:
+            if isinstance(one.event, events.ChildSubmitted):
+                _check_child(org, task, one.event)
+            if isinstance(n, int) and n < 1:
+                raise Invalid("A worker's events are numbered from 1.")  # before that, all would seem repeated
+            size += len(one.encoded)
             args += [n, one.tag, one.encoded, one.rows]
+        if size > BATCH_BYTES_MAX:
+            raise TooLarge(f"These events have {size} bytes; at most {BATCH_BYTES_MAX} are allowed at once.")
         outcomes: list[Appended | TaskcastError] = []
         answers = await self.door.run("append", [place], args, repeat=repeat)
         for answer, (_, one) in zip(answers, numbered, strict=False):
@@ -392,6 +407,19 @@ def entry(task: str, id_: bytes, raw: Sequence[bytes]) -> Entry:
         event=events.decode(event),
         size=len(event),
     )
+
+
+def _submitted(task: Submission, actor: str) -> events.Submitted:
+    return events.Submitted(actor=actor, message="Task submitted.", task=task)
+
+
+def _check_child(org: str, task: str, event: events.ChildSubmitted) -> None:
+    """What could not be made later must not be promised now. Raises Invalid, TooLarge."""
+    if (event.task.org, event.task.parent) != (org, task):
+        raise Invalid("A sub-task is of its parent's organisation, and names its parent.")
+    if event.task.id == task:
+        raise Invalid("A sub-task is not its own parent.")
+    events.encode(_submitted(event.task, event.actor))
 
 
 def _appended(answer: Sequence[bytes], *, duplicate: bool = False, cached: bool = False) -> Appended:

@@ -157,7 +157,7 @@ class Queues:
                     event = late(expired=bool(expires_at) and int(expires_at) // 1000 == int(score))
                 # Somebody else's tick, a renewal or the task's own end came first: then this one is not due.
                 with suppress(Conflict, NotFound):
-                    await self.log.append(org, id_, event, seen=(what.decode(), score))
+                    await self.log.append(org, id_, event, seen=(what.decode(), score), status=status)
                     logger.info("task.due", task_id=id_, org=org, consequence=events.tag(event))
                     count += 1
         return count + await self.follow_up()

@@ -138,7 +138,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A field: if the task has it, the event has a follow-up in other partitions (`queues.Queues.follow_up`)."""
 
 
-FOLLOWED = (events.ChildSubmitted, events.Cancelled, events.TimedOut)
+FOLLOWED = (events.ChildSubmitted, events.Cancelled, events.TimedOut, events.Restated)
 """The events whose changes may name a `follow`."""
 ENDED = ("deadline_at", "expires_at", "error", "result", "result_type", "finished_at", "cancel_reason", "cancelled_by")
 PAUSE = ("paused_at", "pause_reason", "paused_by", "waits", "request")
@@ -363,8 +363,10 @@ class Row(Struct, frozen=True, array_like=True):
     change: Change
 
 
-def rows(event: AnyEvent) -> bytes:
-    """`changes`, as the script takes them: JSON, statuses that share a change together."""
+def rows(event: AnyEvent, only: str = "") -> bytes:
+    """`changes`, as the script takes them: JSON, statuses that share a change together. `only`: of that status."""
+    if only:
+        return msgspec.json.encode([Row((b.value,), change) for b, change in changes(event).items() if b == only])
     if isinstance(event, CONSTANT):
         return _constant_rows(type(event))
     return _rows(event)

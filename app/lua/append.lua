@@ -11,16 +11,34 @@ if not fields then return { { 'not_found', '0', '', '0', '', '0' } } end
 local function reply(code)
   return { code, fields.last_seq, fields.last_event_id, '0', fields.status, fields.attempt }
 end
--- Where the event with this producer number stands; a repeat follows closely, so only the last entries are looked at.
-local function repeated(n)
-  for _, entry in ipairs(redis.call('XREVRANGE', key('events', org .. ':' .. id), '+', '-', 'COUNT', 200)) do
-    local said = {}
-    for i = 1, #entry[2], 2 do said[entry[2][i]] = entry[2][i + 1] end
-    if said['worker-n'] == n and said.fence == fence then
-      return { 'duplicate', said.seq, entry[1], said.at, fields.status, fields.attempt }
+-- Where the event with this producer number stands. A repeat follows closely, so only the last entries are looked at,
+-- and once per call: the first repeat of a batch is its earliest.
+local LOOK_ENTRIES, LOOK_BYTES = 1000, 8388608
+local places
+local function look(n)
+  local stream, from, looked, bytes = key('events', org .. ':' .. id), '+', 0, 0
+  while looked < LOOK_ENTRIES and bytes < LOOK_BYTES do
+    local found = redis.call('XREVRANGE', stream, from, '-', 'COUNT', 20)
+    if #found == 0 then return end
+    for _, entry in ipairs(found) do
+      local said = {}
+      for i = 1, #entry[2], 2 do said[entry[2][i]] = entry[2][i + 1] end
+      if said.fence == fence and said['worker-n'] ~= '' then
+        places[said['worker-n']] = { said.seq, entry[1], said.at }
+        if said['worker-n'] == n then return end
+      end
+      bytes = bytes + #said.event
     end
+    looked, from = looked + #found, '(' .. found[#found][1]
   end
-  return { 'duplicate', '0', '', '0', fields.status, fields.attempt }
+end
+local function repeated(n)
+  if not places then
+    places = {}
+    look(n)
+  end
+  local place = places[n] or { '0', '', '0' }
+  return { 'duplicate', place[1], place[2], place[3], fields.status, fields.attempt }
 end
 local outcome = key('outcome', org .. ':' .. id .. ':' .. operation)
 if operation ~= '' then

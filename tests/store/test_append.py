@@ -6,9 +6,20 @@ from typing import Any
 import pytest
 
 from app import events, keys
-from app.errors import Conflict, Full, Misconfigured, NotFound, OutOfOrder, Stale, TooLarge
-from app.events import Submission, TextDelta
-from app.log import open_partitions
+from app.errors import (
+    Conflict,
+    Full,
+    Invalid,
+    Misconfigured,
+    NotFound,
+    OutOfOrder,
+    Stale,
+    TaskcastError,
+    TooLarge,
+    Unavailable,
+)
+from app.events import AnyEvent, Submission, TextDelta
+from app.log import BATCH_EVENTS_MAX, Appended, open_partitions
 from app.settings import Settings
 from app.store import Store, open_store
 from app.task import Status
@@ -64,6 +75,169 @@ async def test_a_producer_number_is_accepted_once_and_only_in_order(store: Store
     snapshot = await store.snapshots.snapshot("o", "t")
     assert snapshot is not None
     assert snapshot.texts == {"": "ab"}
+
+
+def told(answers: list[Appended | TaskcastError]) -> list[str]:
+    """`ok`, `duplicate`, or the error's code."""
+    return [
+        answer.code if isinstance(answer, TaskcastError) else "duplicate" if answer.duplicate else "ok"
+        for answer in answers
+    ]
+
+
+async def texts(store: Store) -> dict[str, str]:
+    snapshot = await store.snapshots.snapshot("o", "t")
+    assert snapshot is not None
+    return snapshot.texts
+
+
+async def test_a_batch_is_appended_in_its_order_as_if_said_one_by_one(store: Store) -> None:
+    fence = await started(store)
+    batch: list[AnyEvent] = [TextDelta(text=text, agent="a") for text in "abc"]
+    batch += [events.TextCompleted(text="abc", agent="a"), TextDelta(text="d"), events.Completed(result="abc")]
+    answers = await store.extend("o", "t", batch, fence=fence, n=1)
+    assert told(answers) == ["ok"] * 6
+    page = await store.events("o", "t", "")
+    assert page is not None
+    assert [(entry.n, entry.event) for entry in page.entries[2:]] == list(enumerate(batch, 1))
+    assert [(entry.seq, entry.id, entry.at) for entry in page.entries[2:]] == [
+        (answer.seq, answer.id, answer.at) for answer in answers if isinstance(answer, Appended)
+    ]
+    assert await texts(store) == {"": "d"}
+    assert [d async for d in store.snapshots.verify()] == []
+
+
+async def test_a_batch_ends_at_its_first_refusal_and_what_follows_may_be_said_again(store: Store) -> None:
+    fence = await started(store)
+    large = TextDelta(text="x" * (events.TEXT_BYTES_MAX - 1))
+    batch: list[AnyEvent] = [TextDelta(text="a"), large, TextDelta(text="b")]
+    first = await store.extend("o", "t", batch, fence=fence, n=1)
+    assert told(first) == ["ok", "too_large"]
+    assert await texts(store) == {"": "a"}
+    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["duplicate", "too_large"]
+    assert told(await store.extend("o", "t", [TextDelta(text="b")], fence=fence, n=2)) == ["ok"]
+    assert await texts(store) == {"": "ab"}
+    assert told(await store.extend("o", "t", batch[:1], fence=fence, n=4)) == ["out_of_order"]
+    assert told(await store.extend("o", "t", batch[:1], fence=fence + 1, n=3)) == ["stale"]
+    assert told(await store.extend("o", "nobody", batch, fence=1, n=1)) == ["not_found"]
+    assert await store.extend("o", "t", [], fence=fence, n=3) == []
+
+
+async def test_a_batch_goes_no_further_than_the_end_of_its_attempt(store: Store) -> None:
+    fence = await started(store)
+    batch: list[AnyEvent] = [TextDelta(text="a"), events.Requeued(), TextDelta(text="late")]
+    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["ok", "ok", "stale"]
+    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["duplicate", "duplicate", "stale"]
+    await store.claim(["default"], "w2", 1)
+    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["stale"]
+
+
+async def test_a_batch_whose_reply_was_lost_is_stored_once_and_answers_where_it_stands(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fence = await started(store)
+    lane, answers = store.door._fast, list[Any]()
+    ask = lane.ask
+
+    async def lossy(command: Any) -> Any:
+        answer = await ask(command)
+        if not answers:
+            answers.append(answer)
+            # Meanwhile others speak of the task, too.
+            await store.append("o", "t", events.Noted(name="X"))
+            raise Unavailable("the reply is lost")
+        return answer
+
+    monkeypatch.setattr(lane, "ask", lossy)
+    batch = [TextDelta(text=str(n % 10)) for n in range(BATCH_EVENTS_MAX)]
+    again = await store.extend("o", "t", batch, fence=fence, n=1)
+    assert told(again) == ["duplicate"] * BATCH_EVENTS_MAX
+    assert [(one.seq, one.id.encode(), one.at) for one in again if isinstance(one, Appended)] == [
+        (int(seq), id_, int(at)) for _, seq, id_, at, *_ in answers[0]
+    ]
+    assert await texts(store) == {"": "0123456789" * (BATCH_EVENTS_MAX // 10)}
+    more = await store.extend("o", "t", [*batch[-1:], TextDelta(text="!")], fence=fence, n=BATCH_EVENTS_MAX)
+    assert told(more) == ["duplicate", "ok"]
+
+
+async def test_a_batch_that_was_stored_in_part_goes_on_where_it_ended(store: Store) -> None:
+    fence = await started(store)
+    ask = events.ApprovalRequested(approval="a", reason="May I?")
+    batch: list[AnyEvent] = [TextDelta(text="a"), ask, TextDelta(text="b")]
+    await store.append("o", "t", events.PauseAsked())
+    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["ok", "conflict"]
+    await store.append("o", "t", events.Resumed())
+    answers = await store.extend("o", "t", batch, fence=fence, n=1)
+    assert told(answers) == ["duplicate", "ok", "ok"]
+    assert [one.status for one in answers if isinstance(one, Appended)][1:] == [Status.PAUSED] * 2
+    assert await texts(store) == {"": "ab"}
+
+
+async def test_a_repeat_from_too_far_back_is_a_duplicate_without_a_place(store: Store) -> None:
+    fence = await started(store)
+    await store.append("o", "t", TextDelta(text="a"), fence=fence, n=1)
+    for first in (2, 502, 1002):
+        await store.extend("o", "t", [events.Thinking()] * BATCH_EVENTS_MAX, fence=fence, n=first)
+    again = await store.append("o", "t", TextDelta(text="a"), fence=fence, n=1)
+    assert (again.duplicate, again.seq) == (True, 0)
+    assert (await store.append("o", "t", events.Thinking(), fence=fence, n=900)).seq == 902
+
+
+async def test_a_batch_is_bounded_and_checked_in_full_before_anything_is_sent(store: Store) -> None:
+    fence = await started(store)
+    fine = TextDelta(text="a")
+    batches: list[list[AnyEvent]] = [
+        [fine, events.Progressed(fraction=2)],
+        [fine] * (BATCH_EVENTS_MAX + 1),
+        [fine, *[events.Noted(name="X", message="x" * 200_000)] * 6],
+    ]
+    for batch in batches:
+        with pytest.raises(Invalid):
+            await store.extend("o", "t", batch, fence=fence, n=1)
+    for n in (0, -1):
+        with pytest.raises(Invalid, match="from 1"):
+            await store.extend("o", "t", [fine], fence=fence, n=n)
+        with pytest.raises(Invalid, match="from 1"):
+            await store.append("o", "t", fine, fence=fence, n=n)
+    assert await texts(store) == {}
+
+
+async def test_a_decision_is_taken_once_and_only_on_what_is_asked(store: Store) -> None:
+    fence = await started(store)
+    await store.append("o", "t", events.ApprovalRequested(approval="a", reason="May I?"), fence=fence, n=1)
+    assert [task.id for task in (await store.list("o", [("waiting",)])).tasks] == ["t"]
+    before = await store.snapshots.snapshot("o", "t")
+    wrong: list[AnyEvent] = [
+        events.Resumed(),
+        events.ApprovalDecided(approval="b", approved=True),
+        events.Reviewed(version=1, approved=True),
+    ]
+    for event in wrong:
+        with pytest.raises(Conflict) as refused:
+            await store.append("o", "t", event, operation="op")
+        assert refused.value.status == "paused"
+    assert await store.snapshots.snapshot("o", "t") == before
+    yes, no = (events.ApprovalDecided(approval="a", approved=approved) for approved in (True, False))
+    racing = [store.append("o", "t", event, operation=f"{i}") for i, event in enumerate([yes, no] * 5)]
+    answers = await asyncio.gather(*racing, return_exceptions=True)
+    assert sum(isinstance(one, Appended) for one in answers) == 1
+    assert (await store.list("o", [("waiting",)])).total == 0
+    assert [d async for d in store.snapshots.verify()] == []
+
+
+async def test_an_opinion_of_an_older_plan_is_refused(store: Store) -> None:
+    fence = await started(store)
+    for n, version in ((1, 1), (2, 2)):
+        review = events.ReviewRequested(plan=f"plan {version}", version=version, round=version)
+        await store.append("o", "t", review, fence=fence, n=n)
+        if version == 1:
+            await store.append("o", "t", events.Reviewed(version=1, approved=False, feedback="shorter"))
+    with pytest.raises(Conflict, match="latest version"):
+        await store.append("o", "t", events.Reviewed(version=1, approved=True))
+    await store.append("o", "t", events.Reviewed(version=2, approved=True))
+    task = await store.get("o", "t")
+    assert task is not None
+    assert (task.status, task.plan, task.review, task.review_version) == (Status.RUNNING, "plan 2", "approved", 2)
 
 
 async def test_a_stale_fence_is_refused_and_writes_nothing(store: Store) -> None:
@@ -213,3 +387,24 @@ async def test_several_partitions_behave_as_one_store(settings: Settings) -> Non
         assert [d async for d in store.snapshots.verify()] == []
         await store.snapshots.rebuild()
         assert [d async for d in store.snapshots.verify()] == []
+
+
+async def test_a_wrong_type_stops_a_deletion_before_its_first_write(store: Store) -> None:
+    await started(store, session="s")
+    (tag,) = store.partitions.tags
+    before = await store.log.end(tag)
+    names = [("ready", "default"), ("ready-of", "o:default"), ("ended",), ("due",), ("tombstone", "o", "t")]
+    for name in names:
+        await store.door.call("SET", keys.key(tag, *name), "x")
+        with pytest.raises(Exception, match="WRONGTYPE"):
+            await store.delete("o", "t")
+        await store.door.call("DEL", keys.key(tag, *name))
+    for name in (("index", "o"), ("totals", "o", "u", "s"), ("sessions", "o", "u")):
+        await store.door.call("DEL", keys.key(tag, *name))
+        await store.door.call("SET", keys.key(tag, *name), "x")
+        with pytest.raises(Exception, match="WRONGTYPE"):
+            await store.delete("o", "t")
+        await store.door.call("DEL", keys.key(tag, *name))
+    assert await store.log.end(tag) == before
+    await store.snapshots.rebuild()
+    assert [d async for d in store.snapshots.verify()] == []
