@@ -48,7 +48,7 @@ KINDS = (
     Kind("due", "zset", "", "one member per task with a deadline", "while tasks have deadlines"),
     Kind("followups", "list", "", "one item per step that another partition has to take", "until it was taken"),
     Kind("ended", "zset", "", "one member per ended task", "until deleted"),
-    Kind("claim", "string", "claim id", "the tasks of one claim", "60 s"),
+    Kind("claim", "string", "org:worker:claim id", "the tasks of one claim", "60 s"),
     Kind("outcome", "string", "org:task:operation", "one reply", "24 h"),
     Kind("tombstone", "hash", "org:task", "last_seq, fence, created_at, submission", "24 h"),
     Kind("key", "hash", "sha256 of an API key", "who it is", "until revoked"),

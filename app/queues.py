@@ -20,7 +20,7 @@ from app.connect import Arg, Door
 from app.errors import Conflict, NotFound, TaskcastError, Unavailable
 from app.log import Log, Partitions, limits
 from app.settings import Settings
-from app.task import MAX_ATTEMPTS, PAUSED, Task, rows, task
+from app.task import LEASED, MAX_ATTEMPTS, PAUSED, Task, rows, task
 
 logger = structlog.get_logger()
 
@@ -72,7 +72,8 @@ class Queues:
         claimed: list[Claimed] = []
         attempts = queues if isinstance(queues, Mapping) else dict.fromkeys(queues, 0)
         started = {queue: _started(worker, count) for queue, count in attempts.items()}
-        claim = claim or secrets.token_hex(16)
+        # Callers choose such names: nobody may meet another one's claim.
+        claim = f"{org}:{worker}:{claim or secrets.token_hex(16)}"
         lease_ms = round(lease_seconds * 1000) or self.lease_ms
         # Each call begins at another partition, so that none starves.
         tags = self.partitions.tags
@@ -91,8 +92,8 @@ class Queues:
                 break  # what other partitions have handed out must not wait for this one
             for org_, id_, fence, flat in raw:
                 fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
-                # A repeated claim may name a task that was deleted, or taken by another worker, since.
-                if fields.get("fence") == fence.decode():
+                # A repeated claim may name tasks that ended since, were given to others, or were deleted.
+                if fields.get("fence") == fence.decode() and fields["status"] in LEASED:
                     claimed.append(Claimed(org_.decode(), id_.decode(), int(fence), task(fields)))
         return claimed
 

@@ -13,27 +13,38 @@ local function answer(claimed)
 end
 if known then return answer(cjson.decode(known)) end
 
-local waiting, seen = {}, {}
-for i = 7, #ARGV, 3 do
-  local queue = only == '' and key('ready', ARGV[i]) or key('ready-of', only .. ':' .. ARGV[i])
-  local found = redis.call('ZRANGEBYSCORE', queue, '-inf', digits(now_us()), 'WITHSCORES', 'LIMIT', 0, free)
-  for j = 1, #found, 2 do
-    if not seen[found[j]] then
-      seen[found[j]] = true
-      waiting[#waiting + 1] = { member = found[j], score = tonumber(found[j + 1]), queue = queue, at = i }
+-- Those that are past a deadline are the ticker's: after a night without any process, workers may come before it.
+local LOOK_MAX = 1000
+local waiting, seen, now = {}, {}, now_us()
+local function look(queue, at)
+  local found, from, size = 0, 0, free
+  while found < free and from < LOOK_MAX do
+    local page = redis.call('ZRANGEBYSCORE', queue, '-inf', digits(now), 'WITHSCORES', 'LIMIT', from, size)
+    if #page == 0 then return end
+    for j = 1, #page, 2 do
+      local due = redis.call('ZSCORE', key('due'), page[j])
+      if not seen[page[j]] and not (due and tonumber(due) * 1000 <= now) then
+        seen[page[j]] = true
+        found = found + 1
+        waiting[#waiting + 1] = { member = page[j], score = tonumber(page[j + 1]), at = at }
+      end
     end
+    from, size = from + size, 100
   end
+end
+for i = 7, #ARGV, 3 do
+  look(only == '' and key('ready', ARGV[i]) or key('ready-of', only .. ':' .. ARGV[i]), i)
 end
 table.sort(waiting, function(a, b)
   if a.score ~= b.score then return a.score < b.score end
   return a.member < b.member
 end)
 
-local plans = {}
+local plans, strays = {}, {}
 for i = 1, math.min(free, #waiting) do
   local one = waiting[i]
   local org, id = string.match(one.member, '^([^/]*)/(.*)$')
-  local fields = load(org, id)
+  local fields = org and load(org, id)
   local change = fields and row(ARGV[one.at + 2], fields.status)
   if change then
     local plan = { org = org, id = id, fields = fields, type = 'started', event = ARGV[one.at + 1], n = '', lease = lease }
@@ -41,9 +52,14 @@ for i = 1, math.min(free, #waiting) do
     prepare(plan)
     plans[#plans + 1] = plan
   else
-    -- Not ours, or damaged by hand: left in the queue it would stop every claim.
-    redis.call('ZREM', one.queue, one.member)
+    strays[#strays + 1] = one
   end
+end
+-- Not ours, or damaged by hand: left in the queue they would stop every claim.
+for _, one in ipairs(strays) do
+  redis.call('ZREM', key('ready', ARGV[one.at]), one.member)
+  local org = string.match(one.member, '^([^/]*)/')
+  if org then redis.call('ZREM', key('ready-of', org .. ':' .. ARGV[one.at]), one.member) end
 end
 local claimed = {}
 for i, plan in ipairs(plans) do
