@@ -7,7 +7,7 @@ consequence, and the guards of that append make all others' attempts harmless.
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any
@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from app import events, keys
 from app.connect import Arg, Door
-from app.errors import Conflict, NotFound, TaskcastError, Unavailable
+from app.errors import Conflict, Full, Invalid, NotFound, Unavailable
 from app.log import Log, Partitions, limits
 from app.settings import Settings
 from app.task import LEASED, MAX_ATTEMPTS, PAUSED, Task, rows, task
@@ -26,11 +26,15 @@ logger = structlog.get_logger()
 
 DUE_MAX = 200
 """Expired leases and passed deadlines that one tick takes from a partition."""
-
-
 FORGET_MAX = 200
-FOLLOW_MAX = 200
-"""Follow-ups that one pass takes from a partition."""
+FOLLOW_MAX = 1000
+"""Follow-ups that one pass takes from a partition: deadlines must not wait for all of them."""
+FOLLOW_LEFT_MAX = 2000
+"""Follow-ups that cannot be taken now, and which a pass looks behind."""
+FOLLOW_PAGE = 50
+"""Each may have 256 KiB."""
+FOLLOW_PASSES = 10
+"""Generations, more or less; those below them are the next tick's."""
 SWEEP_SECONDS = 1.0
 """An idle worker looks again after this time: a delayed task makes no wake-up call."""
 
@@ -163,52 +167,95 @@ class Queues:
                     count += 1
         return count + await self.follow_up()
 
-    async def follow_up(self) -> int:
-        """Takes the steps that events asked for in other partitions; returns how many.
+    async def follow_up(self, org: str = "", task: str = "") -> int:
+        """Takes the steps that events asked for in other partitions; returns how many. Of one task and those below
+        it, or of all.
 
         Each may be taken twice, by two processes at once, and leaves its list when it was taken. Of one task they are
         taken in order: a sub-task is made before it is cancelled with its parent.
         """
+        family = {keys.member(org, task)} if task else None
         total = 0
-        # A step may ask for further ones: a child that is cancelled may have children.
-        while count := sum([await self._follow_up(tag) for tag in self.partitions.tags]):
+        for _ in range(FOLLOW_PASSES):
+            # A step may ask for further ones: a child that is cancelled may have children.
+            tags = [tag for tag in self.partitions.tags if family is None or tag in self._tags(family)]
+            count = sum([await self._follow_up(tag, family) for tag in tags])
+            if not count:
+                break
             total += count
         return total
 
-    async def _follow_up(self, tag: str) -> int:
-        count = 0
-        held_up: set[str] = set()
+    def _tags(self, members: Iterable[str]) -> set[str]:
+        return {self.partitions.tag(*member.split("/")) for member in members}
+
+    async def _follow_up(self, tag: str, family: set[str] | None) -> int:
+        """One pass over a partition's list. Adds to `family` whom the steps reached."""
         name = keys.key(tag, "followups")
-        for item in await self.door.read("LRANGE", name, 0, FOLLOW_MAX - 1):
-            place, _, event = item.partition(b" ")
-            member, _, seq = place.decode().rpartition("/")
-            if member in held_up:
-                continue
-            ((org, id_),) = keys.of_members([member.encode()])
-            try:
-                await self._follow(org, id_, seq, events.decode(event))
-            except Unavailable:
-                held_up.add(member)
-                continue
-            except TaskcastError:  # it will not get better, and must not hold up the others
-                logger.exception("followup.dropped", task_id=id_, org=org, seq=seq)
-            await self.door.call("LREM", name, 1, item, repeat=True)
-            count += 1
+        count = left = 0
+        last = b""
+        held_up: set[str] = set()
+        while count < FOLLOW_MAX and left < FOLLOW_LEFT_MAX:
+            # What cannot be taken now stays, and must not hide what stands behind it. The page begins with the last one
+            # that was left: if that moved, somebody else took some, and what is read now may come too early.
+            items = await self.door.read("LRANGE", name, max(left - 1, 0), left + FOLLOW_PAGE - 1)
+            if left and items[:1] != [last]:
+                break
+            items = items[1 if left else 0 :]
+            if not items:
+                break
+            for item in items:
+                place, _, event = item.partition(b" ")
+                member, _, seq = place.decode(errors="replace").rpartition("/")
+                if member not in held_up and (family is None or member in family):
+                    if await self._take(name, item, member, seq, event, family):
+                        count += 1
+                        continue
+                    held_up.add(member)
+                left, last = left + 1, item
         return count
 
-    async def _follow(self, org: str, id_: str, seq: str, event: events.AnyEvent) -> None:
+    async def _take(self, name: str, item: bytes, member: str, seq: str, event: bytes, family: set[str] | None) -> bool:
+        """False: it cannot be taken now, and stays in the list."""
+        ((org, id_),) = keys.of_members([member.encode()])
+        # Somebody else may have taken it since the list was read, and the world gone on.
+        if await self.door.read("LPOS", name, item) is None:
+            return True
+        try:
+            reached = await self._follow(org, id_, seq, events.decode(event))
+        except Full:
+            raise  # so is the rest
+        except (Invalid, NotFound, Conflict):  # it will not get better, and must not hold up the others
+            logger.exception("followup.dropped", task_id=id_, org=org, seq=seq)
+            reached = []
+        except Unavailable:
+            return False
+        except Exception:
+            logger.exception("followup.held_up", task_id=id_, org=org, seq=seq)
+            return False
+        if family is not None:
+            family.update(reached)
+        await self.door.call("LREM", name, 1, item, repeat=True)
+        return True
+
+    async def _follow(self, org: str, id_: str, seq: str, event: events.AnyEvent) -> list[str]:
+        """Answers the members that may now ask for further steps."""
         if isinstance(event, events.ChildSubmitted):
             with suppress(Conflict):  # the id is taken: who asked for it sees whose it is
                 await self.log.submit(event.task, actor=event.actor)
-            return
-        why = "cancelled" if isinstance(event, events.Cancelled) else "timed out"
+            return []
+        why = event.to if isinstance(event, events.Restated) else events.tag(event)
         cancelled = events.Cancelled(
-            actor="taskcast", message="Task cancelled.", reason=f"Its parent task {id_} was {why}."
+            actor="taskcast",
+            message="Task cancelled.",
+            reason=f"Its parent task {id_} was {why.replace('_', ' ')}.",
         )
+        reached: list[str] = []
         for tag in self.partitions.tags:
             for child in await self.door.read("ZRANGE", keys.index(tag, org, "parent", id_), 0, -1):
                 with suppress(Conflict, NotFound):
                     await self.log.append(org, child.decode(), cancelled, operation=f"with:{id_}:{seq}")
+                    reached.append(keys.member(org, child.decode()))
+        return reached
 
     async def running(self) -> int:
         """How many tasks workers hold."""

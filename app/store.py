@@ -3,12 +3,12 @@
 Nobody above this file says Redis; nobody below it says HTTP.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
 from app.connect import Door
 from app.embedded import Embedded
-from app.errors import Unavailable
+from app.errors import TaskcastError, Unavailable
 from app.events import AnyEvent
 from app.hub import Hub, Pull
 from app.log import Appended, Log, Partitions, open_partitions
@@ -29,7 +29,7 @@ class Store:
         self.snapshots = Snapshots(door, partitions, settings)
         self.queues = Queues(door, partitions, settings, self.log)
         self.hub = Hub(door, partitions, self.log, self.snapshots)
-        self.submit, self.extend, self.delete = self.log.submit, self.log.extend, self.log.delete
+        self.submit, self.delete = self.log.submit, self.log.delete
         self.events = self.log.read
         self.get, self.list = self.snapshots.get, self.snapshots.list
         self.claim, self.renew = self.queues.claim, self.queues.renew
@@ -50,9 +50,21 @@ class Store:
         """
         appended = await self.log.append(org, task, event, fence=fence, n=n, operation=operation)
         if isinstance(event, FOLLOWED):
-            with suppress(Unavailable):
-                await self.queues.follow_up()
+            await self._follow_up(org, task)
         return appended
+
+    async def extend(
+        self, org: str, task: str, said: Sequence[AnyEvent], *, fence: int, n: int
+    ) -> list[Appended | TaskcastError]:
+        """`Log.extend`, with what the events ask for as in `append`."""
+        answers = await self.log.extend(org, task, said, fence=fence, n=n)
+        if any(isinstance(event, FOLLOWED) for event in said[: len(answers)]):
+            await self._follow_up(org, task)
+        return answers
+
+    async def _follow_up(self, org: str, task: str) -> None:
+        with suppress(Unavailable):
+            await self.queues.follow_up(org, task)
 
     def follow(
         self, org: str, task: str, after: str, *, snapshot: bool = False, strict: bool = False

@@ -291,10 +291,12 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             ]
             paused = ("paused_at",) if event.to in {PAUSED, HELD} and before not in {PAUSED, HELD} else ()
             started = ("started_at",) if event.to == RUNNING and before is not RUNNING else ()
+            stopped = event.to in {CANCELLED, TIMED_OUT} and before not in TERMINAL
             return Change(
                 set={name: value for name, value in fields.items() if value},
                 clear=tuple(gone),
                 stamp=paused + started,
+                follow="children" if stopped else "",
             )
         case events.Progressed():
             return Change(set={"progress": f"{event.fraction:.6g}"})
