@@ -1,5 +1,8 @@
 """The transition table: every cell, and what each event does to a snapshot."""
 
+import re
+from importlib.resources import files
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -9,8 +12,11 @@ from app import events
 from app.errors import Conflict
 from app.events import AnyEvent, Entry, Submission
 from app.task import (
+    CANCELLED,
     CONSTANT,
     EMPTY,
+    ERRORED,
+    FOLLOWED,
     HELD,
     LEASED,
     NEW,
@@ -21,6 +27,7 @@ from app.task import (
     STORED,
     TABLE,
     TERMINAL,
+    TIMED_OUT,
     Change,
     Row,
     Snapshot,
@@ -211,6 +218,145 @@ def test_a_deadline_and_a_delay_count_from_the_stores_clock() -> None:
     later = msgspec.structs.replace(SUBMISSION, deadline_seconds=2.5, delay_seconds=1)
     found = task(apply(EMPTY, entry(events.Submitted(task=later))).fields)
     assert (found.created_at, found.deadline_at, found.ready_at) == (1000, 2_501_000, 1_001_000)
+
+
+def test_a_retry_keeps_the_turn_and_forgets_how_it_ended() -> None:
+    running = apply(in_status(QUEUED), entry(events.Started(worker="w", max_attempts=2), 2, attempt=1, fence=1))
+    saved = apply(running, entry(events.PauseAsked(), 3, attempt=1, fence=1))
+    saved = apply(saved, entry(events.Paused(state={"step": 3}), 4, attempt=1, fence=1))
+    refunded = apply(saved, entry(events.LeaseLost(refund=True), 5, attempt=1, fence=1))
+    spoken = Snapshot(fields=refunded.fields | {"progress": "0.5"}, text=b"\xff\xfehalf")
+    ended = apply(spoken, entry(events.Cancelled(reason="enough", actor="user:u"), 6, attempt=1, fence=1))
+    again = apply(ended, entry(events.Retried(deadline_seconds=1), 7, attempt=0, fence=1))
+    found = task(again.fields)
+    assert (found.status, found.turn, found.attempt, found.refunds, found.fence) == (QUEUED, 1, 0, 0, 1)
+    assert (found.error, found.cancel_reason, found.cancelled_by, found.finished_at) == ("", "", "", 0)
+    assert (found.progress, again.texts, found.deadline_at) == (0, {}, 1_007_000)
+    # What the turn is about, and how far its handler came, stays; and so does what its function said.
+    assert (found.query, found.checkpoint, found.max_attempts) == ("why?", {"step": 3}, 2)
+
+
+def test_every_ended_task_but_a_completed_one_may_be_retried() -> None:
+    assert set(targets(events.Retried())) == TERMINAL - {Status.COMPLETED}
+
+
+def test_a_functions_attempts_fill_only_what_nobody_said() -> None:
+    own = msgspec.structs.replace(SUBMISSION, max_attempts=5)
+    start = events.Started(worker="w", max_attempts=2)
+    for submitted, expected in ((SUBMISSION, 2), (own, 5)):
+        found = task(apply(apply(EMPTY, entry(events.Submitted(task=submitted))), entry(start, 2)).fields)
+        assert found.max_attempts == expected
+    assert task(apply(in_status(QUEUED), entry(events.Started(worker="w"), 2)).fields).max_attempts == 3
+
+
+@pytest.mark.parametrize(
+    ("waits", "event"),
+    [
+        ("approval:a", events.Resumed()),
+        ("approval:a", events.ApprovalDecided(approval="b", approved=True)),
+        ("approval:a", events.Reviewed(version=1, approved=True)),
+        ("review:2", events.Resumed()),
+        ("review:2", events.Reviewed(version=1, approved=True)),
+        ("review:2", events.ApprovalDecided(approval="2", approved=True)),
+        ("", events.ApprovalDecided(approval="a", approved=True)),
+        ("", events.Reviewed(version=1, approved=True)),
+    ],
+)
+@pytest.mark.parametrize("before", [PAUSED, HELD])
+def test_what_a_task_waits_for_is_ended_by_nothing_else(before: Status, waits: str, event: AnyEvent) -> None:
+    snapshot = in_status(before, **({"waits": waits} if waits else {}))
+    with pytest.raises(Conflict, match="moved on") as refused:
+        apply(snapshot, entry(event, 2))
+    assert refused.value.status == before
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_approval_says_what_is_asked_and_its_end_forgets_it(lost: bool) -> None:
+    ask = events.ApprovalRequested(approval="a", reason="May I?", payload={"cost": 3}, actor="worker:w")
+    asked = apply(in_status(RUNNING, worker="w"), entry(ask, 2))
+    found = task(asked.fields)
+    assert (found.status, found.waits, found.paused_at) == (PAUSED, "approval:a", 2000)
+    assert (found.request, found.pause_reason) == ({"reason": "May I?", "payload": {"cost": 3}}, "May I?")
+    if lost:
+        asked = apply(asked, entry(events.LeaseLost(refund=True), 3))
+        held = task(asked.fields)
+        assert (held.status, held.waits, held.refunds, held.worker) == (HELD, "approval:a", 1, "")
+    decided = apply(asked, entry(events.ApprovalDecided(approval="a", approved=False), 4))
+    assert decided.status is (QUEUED if lost else RUNNING)
+    assert not {"waits", "request", "paused_at", "pause_reason", "paused_by"} & decided.fields.keys()
+    with pytest.raises(Conflict):
+        apply(decided, entry(events.ApprovalDecided(approval="a", approved=True), 5))
+
+
+def test_a_review_goes_round_until_a_plan_is_approved() -> None:
+    snapshot = in_status(RUNNING)
+    for seq, round_ in ((2, 1), (4, 2)):
+        ask = events.ReviewRequested(plan=f"plan {round_}", version=round_, round=round_)
+        snapshot = apply(snapshot, entry(ask, seq))
+        assert task(snapshot.fields).waits == f"review:{round_}"
+        answer = events.Reviewed(version=round_, approved=round_ == 2)
+        snapshot = apply(snapshot, entry(answer, seq + 1))
+        found = task(snapshot.fields)
+        assert (found.status, found.waits, found.plan) == (RUNNING, "", f"plan {round_}")
+        assert (found.review, found.review_round) == ("approved" if round_ == 2 else "reviewing", round_)
+    ended = apply(snapshot, entry(events.Completed(result="x"), 6))
+    again = task(apply(ended, entry(events.Continued(query="more", submission="r2"), 7)).fields)
+    assert (again.plan, again.review, again.review_round) == ("", "", 0)
+    # Versions count all plans of the task: an opinion of an old one must never meet a new one.
+    assert again.review_version == 2
+
+
+def test_a_time_to_live_counts_from_acceptance_and_ends_with_the_first_start() -> None:
+    queued = in_status(QUEUED, expires_at="61000000")
+    assert "expires_at" not in apply(queued, entry(events.Started(worker="w"), 2)).fields
+    assert "expires_at" not in apply(queued, entry(events.Restated(to="running"), 2)).fields
+    assert "expires_at" in apply(queued, entry(events.PauseAsked(), 2)).fields
+    ended = apply(queued, entry(events.Cancelled(), 2))
+    assert "expires_at" not in apply(ended, entry(events.Retried(), 3)).fields
+    later = msgspec.structs.replace(SUBMISSION, ttl_seconds=60)
+    assert task(apply(EMPTY, entry(events.Submitted(task=later))).fields).expires_at == 60_001_000
+
+
+def test_who_has_children_is_followed_when_it_is_stopped_and_only_then() -> None:
+    stops: list[AnyEvent] = [events.Cancelled(), events.TimedOut()]
+    stops += [events.Restated(to=to) for to in (CANCELLED, TIMED_OUT)]
+    for event in stops:
+        assert isinstance(event, FOLLOWED)
+        for before, change in changes(event).items():
+            assert change.follow == ("" if before in TERMINAL else "children")
+    for other in (*SAMPLES.values(), events.Restated(to=ERRORED), events.Restated(internal_status="x")):
+        follows = {change.follow for change in changes(other).values()} - {""}
+        assert not follows or isinstance(other, FOLLOWED)
+        assert isinstance(other, (events.Cancelled, events.TimedOut)) == (follows == {"children"})
+
+
+def test_children_are_counted_over_all_attempts_and_turns() -> None:
+    snapshot = in_status(RUNNING)
+    for seq in (2, 3):
+        snapshot = apply(snapshot, entry(SAMPLES["child_submitted"], seq))
+    ended = apply(snapshot, entry(events.Cancelled(), 4))
+    again = apply(ended, entry(events.Retried(), 5))
+    assert task(again.fields).children == 2
+
+
+def test_the_script_knows_every_field_that_a_change_looks_at() -> None:
+    """What it does not load looks absent: a guard would let pass, a fill overwrite, a follow-up never be recorded."""
+    lua = (files("app") / "lua" / "commit.lua").read_text()
+    names = re.search(r"local NAMES = \{(.*?)\}", lua, re.DOTALL)
+    assert names
+    loaded = set(re.findall(r"'(\w+)'", names[1]))
+    looked_at = set()
+    for event in (*SAMPLES.values(), events.Started(worker="w", max_attempts=1)):
+        for change in changes(event).values():
+            looked_at |= {*change.guard, *change.fill, change.follow} - {""}
+    assert looked_at == {"waits", "max_attempts", "id", "children"}
+    assert looked_at <= loaded
+
+
+def test_rows_for_one_status_are_those_of_that_status() -> None:
+    (pair,) = msgspec.json.decode(rows(events.LeaseLost(), "running"), type=list[Row])
+    assert (pair.statuses, pair.change) == (("running",), changes(events.LeaseLost())[RUNNING])
+    assert msgspec.json.decode(rows(events.LeaseLost(), "queued")) == []
 
 
 def test_usage_adds_up() -> None:

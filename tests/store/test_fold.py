@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
@@ -59,6 +60,7 @@ EVENTS: st.SearchStrategy[AnyEvent] = st.one_of(
     ),
     st.builds(events.Progressed, fraction=st.floats(0, 1)),
     st.builds(events.Noted, name=st.just("WAITING"), message=TEXT),
+    st.just(events.ChildSubmitted(task=Submission(id="c", org="o", query="?", submission="c"))),
     st.builds(events.ToolReturned, tool=TEXT, output=st.none() | TEXT),
 )
 NUMBER = count()
@@ -76,13 +78,16 @@ def url() -> Iterator[str]:
         runner.close()
 
 
-async def play(store: Store, id_: str, said: list[AnyEvent], *, ttl: float, attempts: int) -> int:
+async def play(store: Store, id_: str, said: list[AnyEvent], *, ttl: float, deadline: float, attempts: int) -> int:
     """Appends what is legal; answers how many entries there are."""
-    await store.submit(
-        Submission(id=id_, org="o", owner="u", session="s", query="?", submission=id_, queue=id_, ttl_seconds=ttl)
-    )
+    task = Submission(id=id_, org="o", owner="u", session="s", query="?", submission=id_, queue=id_)
+    await store.submit(msgspec.structs.replace(task, ttl_seconds=ttl, deadline_seconds=deadline))
     entries = 1
     for event in said:
+        if isinstance(event, events.ChildSubmitted):
+            name = f"{id_}.{entries}"
+            below = msgspec.structs.replace(event.task, id=name, parent=id_, submission=name)
+            event = events.ChildSubmitted(task=below)  # noqa: PLW2901 (a child knows its parent)
         if isinstance(event, events.Started):
             entries += len(await store.claim({id_: attempts}, "w", 1))
             continue
@@ -101,13 +106,16 @@ async def play(store: Store, id_: str, said: list[AnyEvent], *, ttl: float, atte
     said=st.lists(EVENTS, max_size=40),
     mark=st.sampled_from([10, 5000]),
     ttl=st.sampled_from([0, 60]),
+    deadline=st.sampled_from([0, 30, 90]),
     attempts=st.sampled_from([0, 5]),
 )
-def test_the_snapshot_is_the_fold(url: str, said: list[AnyEvent], mark: int, ttl: float, attempts: int) -> None:
+def test_the_snapshot_is_the_fold(
+    url: str, said: list[AnyEvent], mark: int, ttl: float, deadline: float, attempts: int
+) -> None:
     async def example() -> None:
         async with open_store(Settings(redis_url=url, events_per_mark=mark)) as store:
             id_ = f"t{next(NUMBER)}"
-            entries = await play(store, id_, said, ttl=ttl, attempts=attempts)
+            entries = await play(store, id_, said, ttl=ttl, deadline=deadline, attempts=attempts)
             page = await store.events("o", id_, "")
             assert page is not None
             base = await store.snapshots.snapshot("o", id_, base=True)
@@ -128,7 +136,10 @@ def test_the_snapshot_is_the_fold(url: str, said: list[AnyEvent], mark: int, ttl
             assert (task.status in TERMINAL) == (page.status in TERMINAL)
             # One task per example: what an earlier one left is not this one's fault.
             assert [difference async for difference in store.snapshots.verify()] == []
-            await store.delete("o", id_)
+            below = (await store.list("o", [("parent", id_)], limit=100)).tasks
+            assert len(below) == task.children
+            for one in (task, *below):
+                await store.delete("o", one.id)
 
     asyncio.run(example())
 
@@ -165,7 +176,7 @@ async def dump(store: Store) -> dict[str, object]:
                 content[name] = await store.door.read("HGETALL", name)
             case "text":
                 content[name] = await store.door.read("GET", name)
-            case "index" | "sessions" | "ready" | "due" | "ended":
+            case "index" | "sessions" | "ready" | "ready-of" | "due" | "ended":
                 content[name] = await store.door.read("ZRANGE", name, 0, -1, "WITHSCORES")
             case "leases":
                 content[name] = sorted(await store.door.read("ZRANGE", name, 0, -1))
