@@ -25,7 +25,9 @@ from app.task import LEASED, MAX_ATTEMPTS, PAUSED, Task, rows, task
 logger = structlog.get_logger()
 
 DUE_MAX = 200
-"""Expired leases and passed deadlines that one tick takes from a partition."""
+"""Expired leases, and passed deadlines, that one look takes from a partition."""
+DUE_ROUNDS = 10
+"""Looks of one tick: tasks that expired overnight stand before those that workers may have."""
 FORGET_MAX = 200
 FOLLOW_MAX = 1000
 """Follow-ups that one pass takes from a partition: deadlines must not wait for all of them."""
@@ -148,24 +150,33 @@ class Queues:
         """Appends what is due in all partitions; returns how many events that made."""
         count = 0
         for tag in self.partitions.tags:
-            sets = [keys.key(tag, "leases"), keys.key(tag, "due")]
-            for what, member, score, *state in await self.door.run(
-                "due", sets, [keys.prefix(tag), self._limits, DUE_MAX], repeat=True
-            ):
-                ((org, id_),) = keys.of_members([member])
-                status, attempt, max_attempts, refunds, expires_at = (value.decode() for value in state)
-                event: events.AnyEvent
-                if what == b"leases":
-                    left = int(max_attempts or MAX_ATTEMPTS) + int(refunds or 0) - int(attempt or 0)
-                    event = lost(status, int(attempt or 0), left)
-                else:
-                    event = late(expired=bool(expires_at) and int(expires_at) // 1000 == int(score))
-                # Somebody else's tick, a renewal or the task's own end came first: then this one is not due.
-                with suppress(Conflict, NotFound):
-                    await self.log.append(org, id_, event, seen=(what.decode(), score), status=status)
-                    logger.info("task.due", task_id=id_, org=org, consequence=events.tag(event))
-                    count += 1
+            for _ in range(DUE_ROUNDS):
+                found, made = await self._tick(tag)
+                count += made
+                if not made or found < DUE_MAX:
+                    break
         return count + await self.follow_up()
+
+    async def _tick(self, tag: str) -> tuple[int, int]:
+        """How much one look found, and how many events that made."""
+        count = 0
+        sets = [keys.key(tag, "leases"), keys.key(tag, "due")]
+        found = await self.door.run("due", sets, [keys.prefix(tag), self._limits, DUE_MAX], repeat=True)
+        for what, member, score, *state in found:
+            ((org, id_),) = keys.of_members([member])
+            status, attempt, max_attempts, refunds, expires_at = (value.decode() for value in state)
+            event: events.AnyEvent
+            if what == b"leases":
+                left = int(max_attempts or MAX_ATTEMPTS) + int(refunds or 0) - int(attempt or 0)
+                event = lost(status, int(attempt or 0), left)
+            else:
+                event = late(expired=bool(expires_at) and int(expires_at) // 1000 == int(score))
+            # Somebody else's tick, a renewal or the task's own end came first: then this one is not due.
+            with suppress(Conflict, NotFound):
+                await self.log.append(org, id_, event, seen=(what.decode(), score), status=status)
+                logger.info("task.due", task_id=id_, org=org, consequence=events.tag(event))
+                count += 1
+        return len(found), count
 
     async def follow_up(self, org: str = "", task: str = "") -> int:
         """Takes the steps that events asked for in other partitions; returns how many. Of one task and those below

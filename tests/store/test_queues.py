@@ -442,3 +442,12 @@ async def test_a_pause_between_the_tickers_look_and_its_append_costs_the_task_no
         await store.log.append("o", "t", lost("running", 1, 0), seen=("leases", b"1"), status="running")
     assert await store.queues.tick() == 1
     assert await status(store, "t") is Status.HELD
+
+
+async def test_one_tick_ends_more_than_one_look_finds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.queues.DUE_MAX", 10)
+    for i in range(25):
+        await submit(store, f"t{i}", ttl_seconds=1)
+    await ahead(store, 2)
+    assert await store.queues.tick() == 25
+    assert await store.queues.tick() == 0
