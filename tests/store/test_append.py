@@ -176,7 +176,7 @@ async def test_a_batch_that_was_stored_in_part_goes_on_where_it_ended(store: Sto
 async def test_a_repeat_from_too_far_back_is_a_duplicate_without_a_place(store: Store) -> None:
     fence = await started(store)
     await store.append("o", "t", TextDelta(text="a"), fence=fence, n=1)
-    for first in (2, 502, 1002):
+    for first in range(2, 1402, BATCH_EVENTS_MAX):
         await store.extend("o", "t", [events.Thinking()] * BATCH_EVENTS_MAX, fence=fence, n=first)
     again = await store.append("o", "t", TextDelta(text="a"), fence=fence, n=1)
     assert (again.duplicate, again.seq) == (True, 0)
