@@ -14,7 +14,7 @@ from msgspec import Struct
 DEPLOYMENT = "tc:deployment"
 """Hash: format, partitions, tags, epoch, secret. Made once, before everything else."""
 
-FORMAT = "2"
+FORMAT = "3"
 """Of the data; another one is refused at start."""
 
 
@@ -28,7 +28,7 @@ class Kind(Struct, frozen=True):
 
 KINDS = (
     Kind("log", "stream", "", "100,000 entries and 256 MiB", "for ever, trimmed"),
-    Kind("count", "hash", "", "3 fields", "for ever"),
+    Kind("count", "hash", "", "3 fields, and one per kind of event and of end", "for ever"),
     Kind("marks", "list", "", "65 ids: one per 4 MiB of log", "for ever, trimmed"),
     Kind("task", "hash", "org:task", "the snapshot; input ≤ 256 KiB, result ≤ 192 KiB", "until deleted"),
     Kind("events", "stream", "org:task", "10,000 entries, 16 MiB", "until deleted"),
@@ -43,6 +43,7 @@ KINDS = (
     Kind("session", "hash", "org:owner:session", "title", "until the session is deleted"),
     Kind("ready", "zset", "queue", "one member per queued task", "while tasks wait"),
     Kind("ready-of", "zset", "org:queue", "the same, of one organisation", "while tasks wait"),
+    Kind("queues", "zset", "", "200 names, with the time of their last new task", "for ever"),
     Kind("wake", "list", "queue", "64 tokens", "for ever"),
     Kind("leases", "zset", "", "one member per running task", "while tasks run"),
     Kind("due", "zset", "", "one member per task with a deadline", "while tasks have deadlines"),

@@ -156,12 +156,11 @@ async def _serve(settings: Settings, *, worker: bool, llm: bool) -> None:
 
     # The supervisor binds the port and shares the socket: a port in use is found before anything starts, and whoever
     # connects while an API process starts again waits, instead of being refused.
-    with listen(settings) as sock:
+    with listen(settings) as sock, counted_together(settings.processes) as together:
         settings = settings.model_copy(update={"port": sock.getsockname()[1]})
         url = url_of(settings)
         async with (
             open_store(settings) as store,
-            counted_together(store, settings.processes) as together,
             supervisor(say, grace_seconds=settings.grace_seconds) as kept,
         ):
             try:

@@ -280,13 +280,6 @@ class Log:
         raw = await line.ask("XREAD", "COUNT", PAGE_ENTRIES, "BLOCK", block, "STREAMS", name, after)
         return [Logged(*item) for _, entries in raw or () for item in entries]
 
-    async def entries(self, tag: str, after: str) -> "list[Logged]":
-        """The next page of a partition's log, of all organisations."""
-        return [
-            Logged(*item)
-            for item in await self.door.read("XRANGE", keys.key(tag, "log"), f"({after}", "+", "COUNT", PAGE_ENTRIES)
-        ]
-
     async def replay(self, tag: str, org: str, after: str, *, limit: int, check: bool = False) -> "LogPage":
         """An organisation's entries of a partition's log, after an id; looks at most at `limit`, and about 1 MiB.
 
@@ -339,6 +332,7 @@ class Head(Struct, frozen=True, array_like=True, gc=False):
     fence: int
     attempt: int
     n: int
+    queue: str
 
 
 _head = msgspec.json.Decoder(Head).decode

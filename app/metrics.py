@@ -1,24 +1,21 @@
 """Every metric, in one list, for Prometheus: of one process, or of all the API processes that share a port (`ops.py`).
 
 Names follow Prometheus' rules: units last, counters end in `_total`. Whoever does a thing counts it; what the store
-knows better than a process (queues, leases, the log) is read when somebody scrapes (`ops.py`).
+knows better than a process (`Stored`) is read when somebody scrapes (`ops.py`).
 """
 
-import collections
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter as Counted
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from app import events, keys
-from app.task import TERMINAL, Status
+from app import keys
 
-# What happens to tasks, as the log tells it from the start of the API on: all tasks, whoever moved them.
-TASKS_SUBMITTED = Counter("taskcast_tasks_submitted", "Tasks that were accepted, new turns included.")
-TASKS_ENDED = Counter("taskcast_tasks_ended", "Tasks that reached an end, by status.", ["status"])
-CLAIMS = Counter("taskcast_claims", "Tasks that a worker started.")
-EVENTS = Counter("taskcast_events", "Events that were appended, by kind.", ["kind"])
+QUEUES_MAX = 200
+"""Names in the metrics, those that were used last: each is a series that Prometheus keeps. As in `commit.lua`."""
 
 # What these processes do.
 CONNECTIONS_REFUSED = Counter("taskcast_connections_refused", "Connections closed at once because too many were open.")
@@ -47,55 +44,70 @@ REQUEST_SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30),
 )
 
-# What the store holds, read at scrape time by whoever is asked.
-QUEUE_TASKS = Gauge(
-    "taskcast_queue_tasks", "Tasks that are ready for a worker.", ["queue"], multiprocess_mode="livemostrecent"
-)
-QUEUE_OLDEST_SECONDS = Gauge(
-    "taskcast_queue_oldest_seconds",
-    "Age of the ready task that is next, priority counted as age.",
-    ["queue"],
-    multiprocess_mode="livemostrecent",
-)
-LEASES = Gauge("taskcast_leases", "Tasks that a worker holds.", ["partition"], multiprocess_mode="livemostrecent")
-LOG_ENTRIES = Gauge(
-    "taskcast_log_entries", "Entries that a partition's log keeps.", ["partition"], multiprocess_mode="livemostrecent"
-)
-TASKS = Gauge(
-    "taskcast_tasks",
-    "Tasks that a partition holds, ended ones included.",
-    ["partition"],
-    multiprocess_mode="livemostrecent",
-)
 
+class Stored:
+    """What the store knows, at one moment: of all tasks, whoever moved them."""
 
-def count(moves: Iterable[tuple[str, Status, Status]]) -> None:
-    """Counts entries, of which each is its kind, and the status before and after. Many at once: a counter is slow."""
-    for (kind, before, after), number in collections.Counter(moves).items():
-        EVENTS.labels(kind).inc(number)
-        if kind in {events.tag(events.Submitted), events.tag(events.Continued)}:
-            TASKS_SUBMITTED.inc(number)
-        if kind == events.tag(events.Started):
-            CLAIMS.inc(number)
-        if after in TERMINAL and before not in TERMINAL:
-            TASKS_ENDED.labels(after.value).inc(number)
+    def __init__(self) -> None:
+        # Counted since the store was made, in the step that appends the event.
+        self.submitted = CounterMetricFamily(
+            "taskcast_tasks_submitted", "Tasks that were accepted, new turns included."
+        )
+        self.ended = CounterMetricFamily(
+            "taskcast_tasks_ended", "Tasks that reached an end, by status.", labels=["status"]
+        )
+        self.claims = CounterMetricFamily("taskcast_claims", "Tasks that a worker started.")
+        self.events = CounterMetricFamily("taskcast_events", "Events that were appended, by kind.", labels=["kind"])
+        self.queue_tasks = GaugeMetricFamily(
+            "taskcast_queue_tasks", "Tasks that are ready for a worker.", labels=["queue"]
+        )
+        self.queue_oldest_seconds = GaugeMetricFamily(
+            "taskcast_queue_oldest_seconds",
+            "Age of the ready task that is next, priority counted as age.",
+            labels=["queue"],
+        )
+        self.leases = GaugeMetricFamily("taskcast_leases", "Tasks that a worker holds.", labels=["partition"])
+        self.log_entries = GaugeMetricFamily(
+            "taskcast_log_entries", "Entries that a partition's log keeps.", labels=["partition"]
+        )
+        self.tasks = GaugeMetricFamily(
+            "taskcast_tasks", "Tasks that a partition holds, ended ones included.", labels=["partition"]
+        )
 
+    def collect(self) -> Iterable[Metric]:
+        """As the client's collectors do."""
+        return vars(self).values()
 
-async def measure(read: Callable[..., Awaitable[Any]], tags: Iterable[str], queues: Iterable[str]) -> None:
-    """Sets the gauges above. `read` asks the store one command; there is no list of queues, so who asks names them."""
-    depth = dict.fromkeys(queues, 0)
-    oldest = dict.fromkeys(depth, 0.0)
-    for tag in tags:
-        count = await read("HMGET", keys.key(tag, "count"), "tasks")
-        TASKS.labels(tag).set(int(count[0] or 0))
-        LEASES.labels(tag).set(await read("ZCARD", keys.key(tag, "leases")))
-        LOG_ENTRIES.labels(tag).set(await read("XLEN", keys.key(tag, "log")))
-        for queue in depth:
-            name = keys.key(tag, "ready", queue)
-            depth[queue] += await read("ZCARD", name)
+    async def read(self, read: Callable[..., Awaitable[Any]], tags: Sequence[str]) -> None:
+        """Once. `read` asks the store one command."""
+        counted: Counted[str] = Counted()
+        used: Counted[str] = Counted({"default": 0})
+        for tag in tags:
+            raw = await read("HGETALL", keys.key(tag, "count"))
+            count = {name.decode(): int(number) for name, number in raw.items()}
+            counted.update(count)
+            self.tasks.add_metric([tag], count.get("tasks", 0))
+            self.leases.add_metric([tag], await read("ZCARD", keys.key(tag, "leases")))
+            self.log_entries.add_metric([tag], await read("XLEN", keys.key(tag, "log")))
+            queues = await read("ZRANGE", keys.key(tag, "queues"), 0, -1, "WITHSCORES")
+            used |= Counted({name.decode(): int(float(at)) for name, at in zip(queues[::2], queues[1::2], strict=True)})
+        for field, number in sorted(counted.items()):
+            what, _, label = field.partition(":")
+            if what == "event":
+                self.events.add_metric([label], number)
+            elif what == "ended":
+                self.ended.add_metric([label], number)
+        self.submitted.add_metric([], counted["event:submitted"] + counted["event:continued"])
+        self.claims.add_metric([], counted["event:started"])
+        for queue, _ in used.most_common(QUEUES_MAX):
+            await self._measure(queue, [keys.key(tag, "ready", queue) for tag in tags], read)
+
+    async def _measure(self, queue: str, sets: Sequence[str], read: Callable[..., Awaitable[Any]]) -> None:
+        tasks, oldest = 0, 0.0
+        for name in sets:
+            tasks += await read("ZCARD", name)
             for first in await read("ZRANGE", name, 0, 0):
                 queued_at = float(await read("ZSCORE", name, first) or time.time() * 1_000_000)
-                oldest[queue] = max(oldest[queue], time.time() - queued_at / 1_000_000)
-    for queue, tasks in depth.items():
-        QUEUE_TASKS.labels(queue).set(tasks)
-        QUEUE_OLDEST_SECONDS.labels(queue).set(oldest[queue])
+                oldest = max(oldest, time.time() - queued_at / 1_000_000)
+        self.queue_tasks.add_metric([queue], tasks)
+        self.queue_oldest_seconds.add_metric([queue], oldest)

@@ -60,7 +60,7 @@ Ready = Callable[[str], None]
 
 
 def create_app(store: Store, settings: Settings, *, identities: Identities, streams: Streams) -> Starlette:
-    """The application over an open store. Its state has what routes need: `store settings identities streams watch`."""
+    """The application over an open store. Its state has what routes need: `store settings identities streams`."""
     routes: list[BaseRoute] = [*shannon.routes, *ops.routes]
     page = files("app") / "page.html"
     if page.is_file():
@@ -81,7 +81,6 @@ def create_app(store: Store, settings: Settings, *, identities: Identities, stre
     app.router.default = not_found
     app.state.store, app.state.settings = store, settings
     app.state.identities, app.state.streams = identities, streams
-    app.state.watch = ops.Watch(store)
     return app
 
 
@@ -236,10 +235,9 @@ async def serving(store: Store, settings: Settings, sock: socket.socket) -> Asyn
         try:
             await running
         finally:
-            for chore in (*chores, app.state.watch.task):
-                if chore:
-                    chore.cancel()
-                    await asyncio.wait([chore])
+            for chore in chores:
+                chore.cancel()
+                await asyncio.wait([chore])
 
 
 async def tick(store: Store) -> None:

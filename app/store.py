@@ -11,7 +11,7 @@ from app.embedded import Embedded
 from app.errors import TaskcastError, Unavailable
 from app.events import AnyEvent
 from app.hub import Hub, Pull
-from app.log import Appended, Log, Partitions, open_partitions
+from app.log import Appended, Log, Partitions, Said, open_partitions
 from app.queues import Queues
 from app.settings import Settings
 from app.snapshots import Snapshots
@@ -54,11 +54,11 @@ class Store:
         return appended
 
     async def extend(
-        self, org: str, task: str, said: Sequence[AnyEvent], *, fence: int, n: int
+        self, org: str, task: str, batch: Sequence[Said], *, fence: int, n: int
     ) -> list[Appended | TaskcastError]:
         """`Log.extend`, with what the events ask for as in `append`."""
-        answers = await self.log.extend(org, task, said, fence=fence, n=n)
-        if any(isinstance(event, FOLLOWED) for event in said[: len(answers)]):
+        answers = await self.log.extend(org, task, batch, fence=fence, n=n)
+        if any(isinstance(one.event, FOLLOWED) for one in batch[: len(answers)]):
             await self._follow_up(org, task)
         return answers
 

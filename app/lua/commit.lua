@@ -13,6 +13,7 @@ LOG_BYTES_PER_MARK = tonumber(LOG_BYTES_PER_MARK)
 local LOG_MARKS = 64
 local TEXT_BYTES = 196608
 local WAKE_TOKENS = 64
+local QUEUES = 200
 -- The largest whole number that Lua holds exactly.
 local SUM_MAX = 9007199254740991
 -- Priorities 0, 1, 2 count as if the task had waited so many µs longer.
@@ -136,6 +137,7 @@ local function prepare(plan)
   touch('string', plan.base_text)
   plan.join, plan.leave = {}, {}
   if plan.new then
+    touch('zset', key('queues'))
     plan.join = task_indexes_of(after, org)
     if after.session then
       touch('zset', key('sessions', org .. ':' .. (after.owner or '')))
@@ -221,15 +223,15 @@ local function write_text(plan, set)
   end
 end
 
--- Appends to the partition's log and returns the id that it gives, and the time in µs.
+-- Appends to the partition's log, counts that, and returns the id that it gives, and the time in µs.
 local function log_entry(plan, before, after)
   local now = redis.call('TIME')
   local number = redis.call('HINCRBY', key('count'), 'n', 1)
   local f = plan.after
-  -- One text: readers look at the header of every entry, and sixteen fields would cost them more than all the rest.
+  -- One text: readers look at the header of every entry, and seventeen fields would cost them more than all the rest.
   local head = cjson.encode({ number, plan.org, plan.id, f.owner or '', f.user or '', f.agent or '', f.session or '',
     before, after, plan.seq, tonumber(now[1]), tonumber(now[2]), plan.type, tonumber(f.fence), tonumber(f.attempt),
-    tonumber(plan.n) or 0 })
+    tonumber(plan.n) or 0, f.queue or '' })
   local id = redis.call('XADD', key('log'), 'MAXLEN', '=', LOG_ENTRIES, '*', 'head', head, 'event', plan.event)
   -- One mark per so many bytes; with the 65th the oldest share goes.
   local size = #plan.event + #head + 200
@@ -242,6 +244,11 @@ local function log_entry(plan, before, after)
   local ms = tonumber(string.match(id, '^(%d+)'))
   local at = tonumber(now[1]) * 1000000 + tonumber(now[2])
   if at < ms * 1000 then at = ms * 1000 end
+  redis.call('HINCRBY', key('count'), 'event:' .. plan.type, 1)
+  if plan.new then
+    local first = redis.call('ZADD', key('queues'), digits(at), f.queue) == 1
+    if first then redis.call('ZREMRANGEBYRANK', key('queues'), 0, -QUEUES - 1) end
+  end
   return id, at
 end
 
@@ -318,7 +325,8 @@ local function write(plan)
   end
 
   if change.ended == 'add' then
-    redis.call('ZADD', key('ended'), stamp, plan.member)
+    local ends = redis.call('ZADD', key('ended'), stamp, plan.member) == 1 -- else it had ended before
+    if ends then redis.call('HINCRBY', key('count'), 'ended:' .. after.status, 1) end
   elseif change.ended == 'remove' then
     redis.call('ZREM', key('ended'), plan.member)
   end

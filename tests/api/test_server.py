@@ -22,7 +22,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import __version__, errors, protocol, server
+from app import __version__, errors, events, metrics, protocol, server
 from app.api import shannon
 from app.edge import BODY_BYTES_MAX, Bounded, respond
 from app.errors import Full, Misconfigured, Stale, Unavailable
@@ -30,7 +30,7 @@ from app.identity import DEVELOPMENT_KEY
 from app.server import listen, url_of
 from app.settings import Settings
 from app.store import Store
-from tests.api.serving import KEY, Served, ended, served, started, submit
+from tests.api.serving import KEY, ORG, Served, ended, served, started, submit
 from tests.waiting import wait_until
 
 
@@ -313,6 +313,31 @@ async def test_metrics_tell_what_happened_and_what_waits(store: Store, running: 
     assert await number(running, "taskcast_leases") == 1
     assert await number(running, "taskcast_tasks") == 4
     assert await number(running, "taskcast_log_entries") == 9
+
+
+async def test_a_task_is_counted_as_ended_once_and_again_when_it_ends_again(store: Store, running: Served) -> None:
+    task = await ended(store)
+    late = events.Restated(to="completed", internal_status="late")
+    await store.append(ORG, task, late, operation="restated")
+    assert await number(running, "taskcast_events_total", kind="restated") == 1
+    assert await number(running, "taskcast_tasks_ended_total", status="completed") == 1
+    assert await number(running, "taskcast_tasks_ended_total", status="failed") == 0
+    await store.append(ORG, task, events.Continued(submission="again"))
+    await store.append(ORG, task, events.Cancelled(), operation="cancelled")
+    await store.delete(ORG, task)
+    assert await number(running, "taskcast_tasks_submitted_total") == 2
+    assert await number(running, "taskcast_tasks_ended_total", status="completed") == 1
+    assert await number(running, "taskcast_tasks_ended_total", status="cancelled") == 1
+    assert await number(running, "taskcast_events_total", kind="deleted") == 1
+
+
+async def test_metrics_name_the_queues_that_were_used_last(store: Store, running: Served) -> None:
+    for i in range(metrics.QUEUES_MAX + 1):
+        await submit(store, queue=f"agent:{i}")
+    text = (await running.client.get("/metrics")).text
+    assert text.count("taskcast_queue_tasks{") == metrics.QUEUES_MAX
+    assert 'queue="agent:0"' not in text
+    assert f'queue="agent:{metrics.QUEUES_MAX}"' in text
 
 
 async def test_metrics_answer_while_the_store_is_away(

@@ -103,6 +103,7 @@ class World:
             fence=0,
             attempt=0,
             n=0,
+            queue="default",
         )
         # Two in each millisecond.
         one = Logged(

@@ -300,7 +300,7 @@ async def test_a_deleted_task_leaves_nothing_but_a_tombstone_and_its_id_goes_on(
     assert await store.get("o", "t") is None
     left = [key async for key in store.snapshots._scan("*")]
     kinds = {kind.name for kind in map(keys.declared, (name.encode() for name in left)) if kind}
-    assert kinds <= {"log", "count", "wake", "claim", "tombstone"}
+    assert kinds <= {"log", "count", "queues", "wake", "claim", "tombstone"}
     again = await store.submit(submission(submission="r2"))
     assert again.seq == gone.seq + 1
     (claimed,) = await store.claim(["default"], "w", 1)
@@ -326,7 +326,7 @@ async def test_every_key_of_a_used_store_is_declared_with_its_type(store: Store)
         expires = await store.door.read("TTL", name) >= 0
         assert expires == (kind.name in {"claim", "outcome", "tombstone"}), name
         seen.add(kind.name)
-    assert seen >= {"log", "count", "task", "events", "index", "sessions", "session", "ready", "wake", "due"}
+    assert seen >= {"log", "count", "task", "events", "index", "sessions", "session", "ready", "queues", "wake", "due"}
     assert {"claim", "outcome", "tombstone"} <= seen
 
 
