@@ -30,10 +30,13 @@ class Frame(Struct, frozen=True, gc=False):
     """All names by which a `types` filter may ask for it."""
 
 
+_json = msgspec.json.Encoder().encode
+
+
 def encode(frame: Frame) -> bytes:
     """ASCII: httpx splits lines on U+0085 and U+2028 too, and would tear a frame there (tried)."""
     data = frame.data
-    text = data.encode() if isinstance(data, str) else msgspec.json.encode(data)
+    text = data.encode() if isinstance(data, str) else _json(data)
     if not (text.isascii() or isinstance(data, str)):  # ten times slower
         text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
     head = b"id: %b\n" % frame.id.encode() if frame.id else b""

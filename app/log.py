@@ -17,7 +17,7 @@ from app.connect import BLOCK_SECONDS, Arg, Door, Line
 from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
-from app.task import TERMINAL, Status, rows
+from app.task import GONE, TERMINAL, Status, rows
 
 PAGE_ENTRIES = 500
 """Of history, per read; a page also ends at 1 MiB."""
@@ -348,7 +348,7 @@ class Logged:
         self.id = id_.decode()
         self.head = told = _head(head)
         self.number, self.org, self.task, self.seq = told.number, told.org, told.task, told.seq
-        self.gone = told.after is Status.GONE
+        self.gone = told.after is GONE
         """The task was deleted."""
         self.ends = told.after in TERMINAL
         """The task is over, with this entry or before it."""

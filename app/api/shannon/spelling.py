@@ -12,7 +12,7 @@ difference between the two would show.
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, assert_never
+from typing import Any, assert_never, get_args
 from urllib.parse import urlencode
 from uuid import uuid4
 
@@ -371,6 +371,9 @@ SSE_NAME = {
 }
 """Raw type → SSE event name, where they differ (§2.3)."""
 
+_LIFECYCLE = frozenset(get_args(events.Lifecycle))
+"""Looked up for each event: to ask whether it is an instance of so large a union takes longer than to encode it."""
+
 UNLISTED = frozenset({"LLM_PARTIAL", "LLM_PROMPT"})
 """What upstream does not keep, so that its lists, timelines and sessions never show it (§3)."""
 
@@ -427,16 +430,16 @@ def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
     """The raw event objects of one entry (§3), as lists and the WebSocket show them: exactly one, but none for
     `deleted`. On a `stream` a cancel is announced first, as upstream does: two, the first without a place.
     """
-    raw = raw_type(entry.event)
-    message, payload = _told(entry)
+    event = entry.event
+    raw = raw_type(event)
     if not raw:
         return []
-    agent = entry.event.agent
-    if isinstance(entry.event, events.Lifecycle) or (raw in SSE_NAME and raw.startswith("WORKFLOW_")):
-        agent = agent or "orchestrator"
+    message, payload = _told(entry)
     body: Json = {"workflow_id": entry.task, "type": raw}
-    if agent:
-        body["agent_id"] = agent
+    if event.agent:
+        body["agent_id"] = event.agent
+    elif type(event) in _LIFECYCLE or (raw in SSE_NAME and raw.startswith("WORKFLOW_")):
+        body["agent_id"] = "orchestrator"
     if message:
         body["message"] = message
     if payload:
@@ -451,6 +454,8 @@ def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
 
 def raw_type(event: AnyEvent) -> str:
     """Empty for `deleted`."""
+    if raw := RAW.get(type(event)):
+        return raw
     match event:
         case events.Noted():
             return event.name
@@ -459,7 +464,7 @@ def raw_type(event: AnyEvent) -> str:
         case events.Reviewed():
             return "RESEARCH_PLAN_APPROVED" if event.approved else "REVIEW_USER_FEEDBACK"
         case _:
-            return RAW.get(type(event), "")
+            return ""
 
 
 def _told(entry: Entry) -> tuple[str, Json]:
@@ -469,7 +474,7 @@ def _told(entry: Entry) -> tuple[str, Json]:
         case events.TextDelta():
             return event.text, {"attempt": attempt}
         case (
-            events.AgentStarted() | events.AgentCompleted() | events.Thinking() | events.PlanUpdated() | events.Noted()
+            events.Noted() | events.Thinking() | events.AgentStarted() | events.AgentCompleted() | events.PlanUpdated()
         ):
             return event.message, event.payload
         case events.TextCompleted():
