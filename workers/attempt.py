@@ -21,7 +21,7 @@ import structlog
 from app import events
 from app.errors import Conflict, Invalid, NotFound, OutOfOrder, Stale, TaskcastError, Unavailable
 from app.events import AnyEvent
-from app.log import Appended, Said, said
+from app.log import BATCH_BYTES_MAX, BATCH_EVENTS_MAX, Appended, Said, said
 from app.queues import Claimed
 from app.store import Store
 from app.task import LEASED, TERMINAL, Status
@@ -35,8 +35,6 @@ MERGE_SECONDS = 0.03
 MERGED_BYTES_MAX = 16 * 1024
 UNSENT_BYTES_MAX = 256 * 1024
 """Of events that the store has not answered for. Beyond, text waits; any other event waits for its answer anyway."""
-BATCH_MAX, BATCH_BYTES = 100, 1024 * 1024
-"""Of events that go out together."""
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.05, 1.0
 """Between two tries of a call to a store that is away; doubled each time."""
 
@@ -285,9 +283,9 @@ class Attempt:
     def _batch(self) -> list[Said]:
         batch: list[Said] = []
         size = 0
-        for one, _ in islice(self._queue, BATCH_MAX):
+        for one, _ in islice(self._queue, BATCH_EVENTS_MAX):
             size += len(one.encoded)
-            if batch and size > BATCH_BYTES:
+            if batch and size > BATCH_BYTES_MAX:
                 break
             batch.append(one)
         return batch

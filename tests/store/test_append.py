@@ -1,6 +1,7 @@
 """Submit and append: one atomic step, guards before writes, and a repeat is never a second write."""
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from app.errors import (
     Unavailable,
 )
 from app.events import AnyEvent, Submission, TextDelta
-from app.log import BATCH_EVENTS_MAX, Appended, open_partitions
+from app.log import BATCH_EVENTS_MAX, Appended, open_partitions, said
 from app.settings import Settings
 from app.store import Store, open_store
 from app.task import Status
@@ -35,6 +36,12 @@ async def started(store: Store, id_: str = "t", **more: Any) -> int:
     (claimed,) = await store.claim([more.get("queue", "default")], "w", 1)
     assert claimed.task == id_
     return claimed.fence
+
+
+async def extend(
+    store: Store, id_: str, batch: Sequence[AnyEvent], *, fence: int, n: int
+) -> list[Appended | TaskcastError]:
+    return await store.extend("o", id_, [*map(said, batch)], fence=fence, n=n)
 
 
 async def test_a_submitted_task_is_queued_and_its_first_event_is_number_one(store: Store) -> None:
@@ -95,7 +102,7 @@ async def test_a_batch_is_appended_in_its_order_as_if_said_one_by_one(store: Sto
     fence = await started(store)
     batch: list[AnyEvent] = [TextDelta(text=text, agent="a") for text in "abc"]
     batch += [events.TextCompleted(text="abc", agent="a"), TextDelta(text="d"), events.Completed(result="abc")]
-    answers = await store.extend("o", "t", batch, fence=fence, n=1)
+    answers = await extend(store, "t", batch, fence=fence, n=1)
     assert told(answers) == ["ok"] * 6
     page = await store.events("o", "t", "")
     assert page is not None
@@ -111,25 +118,25 @@ async def test_a_batch_ends_at_its_first_refusal_and_what_follows_may_be_said_ag
     fence = await started(store)
     large = TextDelta(text="x" * (events.TEXT_BYTES_MAX - 1))
     batch: list[AnyEvent] = [TextDelta(text="a"), large, TextDelta(text="b")]
-    first = await store.extend("o", "t", batch, fence=fence, n=1)
+    first = await extend(store, "t", batch, fence=fence, n=1)
     assert told(first) == ["ok", "too_large"]
     assert await texts(store) == {"": "a"}
-    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["duplicate", "too_large"]
-    assert told(await store.extend("o", "t", [TextDelta(text="b")], fence=fence, n=2)) == ["ok"]
+    assert told(await extend(store, "t", batch, fence=fence, n=1)) == ["duplicate", "too_large"]
+    assert told(await extend(store, "t", [TextDelta(text="b")], fence=fence, n=2)) == ["ok"]
     assert await texts(store) == {"": "ab"}
-    assert told(await store.extend("o", "t", batch[:1], fence=fence, n=4)) == ["out_of_order"]
-    assert told(await store.extend("o", "t", batch[:1], fence=fence + 1, n=3)) == ["stale"]
-    assert told(await store.extend("o", "nobody", batch, fence=1, n=1)) == ["not_found"]
-    assert await store.extend("o", "t", [], fence=fence, n=3) == []
+    assert told(await extend(store, "t", batch[:1], fence=fence, n=4)) == ["out_of_order"]
+    assert told(await extend(store, "t", batch[:1], fence=fence + 1, n=3)) == ["stale"]
+    assert told(await extend(store, "nobody", batch, fence=1, n=1)) == ["not_found"]
+    assert await extend(store, "t", [], fence=fence, n=3) == []
 
 
 async def test_a_batch_goes_no_further_than_the_end_of_its_attempt(store: Store) -> None:
     fence = await started(store)
     batch: list[AnyEvent] = [TextDelta(text="a"), events.Requeued(), TextDelta(text="late")]
-    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["ok", "ok", "stale"]
-    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["duplicate", "duplicate", "stale"]
+    assert told(await extend(store, "t", batch, fence=fence, n=1)) == ["ok", "ok", "stale"]
+    assert told(await extend(store, "t", batch, fence=fence, n=1)) == ["duplicate", "duplicate", "stale"]
     await store.claim(["default"], "w2", 1)
-    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["stale"]
+    assert told(await extend(store, "t", batch, fence=fence, n=1)) == ["stale"]
 
 
 async def test_a_batch_whose_reply_was_lost_is_stored_once_and_answers_where_it_stands(
@@ -150,13 +157,13 @@ async def test_a_batch_whose_reply_was_lost_is_stored_once_and_answers_where_it_
 
     monkeypatch.setattr(lane, "ask", lossy)
     batch = [TextDelta(text=str(n % 10)) for n in range(BATCH_EVENTS_MAX)]
-    again = await store.extend("o", "t", batch, fence=fence, n=1)
+    again = await extend(store, "t", batch, fence=fence, n=1)
     assert told(again) == ["duplicate"] * BATCH_EVENTS_MAX
     assert [(one.seq, one.id.encode(), one.at) for one in again if isinstance(one, Appended)] == [
         (int(seq), id_, int(at)) for _, seq, id_, at, *_ in answers[0]
     ]
     assert await texts(store) == {"": "0123456789" * (BATCH_EVENTS_MAX // 10)}
-    more = await store.extend("o", "t", [*batch[-1:], TextDelta(text="!")], fence=fence, n=BATCH_EVENTS_MAX)
+    more = await extend(store, "t", [*batch[-1:], TextDelta(text="!")], fence=fence, n=BATCH_EVENTS_MAX)
     assert told(more) == ["duplicate", "ok"]
 
 
@@ -165,9 +172,9 @@ async def test_a_batch_that_was_stored_in_part_goes_on_where_it_ended(store: Sto
     ask = events.ApprovalRequested(approval="a", reason="May I?")
     batch: list[AnyEvent] = [TextDelta(text="a"), ask, TextDelta(text="b")]
     await store.append("o", "t", events.PauseAsked())
-    assert told(await store.extend("o", "t", batch, fence=fence, n=1)) == ["ok", "conflict"]
+    assert told(await extend(store, "t", batch, fence=fence, n=1)) == ["ok", "conflict"]
     await store.append("o", "t", events.Resumed())
-    answers = await store.extend("o", "t", batch, fence=fence, n=1)
+    answers = await extend(store, "t", batch, fence=fence, n=1)
     assert told(answers) == ["duplicate", "ok", "ok"]
     assert [one.status for one in answers if isinstance(one, Appended)][1:] == [Status.PAUSED] * 2
     assert await texts(store) == {"": "ab"}
@@ -177,7 +184,7 @@ async def test_a_repeat_from_too_far_back_is_a_duplicate_without_a_place(store: 
     fence = await started(store)
     await store.append("o", "t", TextDelta(text="a"), fence=fence, n=1)
     for first in range(2, 1402, BATCH_EVENTS_MAX):
-        await store.extend("o", "t", [events.Thinking()] * BATCH_EVENTS_MAX, fence=fence, n=first)
+        await extend(store, "t", [events.Thinking()] * BATCH_EVENTS_MAX, fence=fence, n=first)
     again = await store.append("o", "t", TextDelta(text="a"), fence=fence, n=1)
     assert (again.duplicate, again.seq) == (True, 0)
     assert (await store.append("o", "t", events.Thinking(), fence=fence, n=900)).seq == 902
@@ -193,10 +200,10 @@ async def test_a_batch_is_bounded_and_checked_in_full_before_anything_is_sent(st
     ]
     for batch in batches:
         with pytest.raises(Invalid):
-            await store.extend("o", "t", batch, fence=fence, n=1)
+            await extend(store, "t", batch, fence=fence, n=1)
     for n in (0, -1):
         with pytest.raises(Invalid, match="from 1"):
-            await store.extend("o", "t", [fine], fence=fence, n=n)
+            await extend(store, "t", [fine], fence=fence, n=n)
         with pytest.raises(Invalid, match="from 1"):
             await store.append("o", "t", fine, fence=fence, n=n)
     assert await texts(store) == {}

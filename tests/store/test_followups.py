@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app import events, keys
+from app import events, keys, log
 from app.errors import Conflict, Full, Invalid, TooLarge, Unavailable
 from app.events import AnyEvent, Submission
 from app.log import Appended
@@ -407,8 +407,8 @@ async def test_children_asked_for_in_a_batch_are_made_at_once(store: Store) -> N
     await store.submit(submission("p"))
     (one,) = await store.claim(["default"], "w", 1)
     batch = [events.ChildSubmitted(task=submission(f"c{i}", "p", queue="q")) for i in range(3)]
-    first = await store.extend("o", "p", batch, fence=one.fence, n=1)
-    again = await store.extend("o", "p", batch, fence=one.fence, n=1)
+    first = await store.extend("o", "p", [*map(log.said, batch)], fence=one.fence, n=1)
+    again = await store.extend("o", "p", [*map(log.said, batch)], fence=one.fence, n=1)
     assert [isinstance(answer, Appended) and answer.duplicate for answer in (*first, *again)] == [False] * 3 + [
         True
     ] * 3

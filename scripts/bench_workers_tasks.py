@@ -1,0 +1,210 @@
+"""Taskcast's side of `scripts/bench workers`: its handlers, and the processes that speak to the store directly.
+
+As a module it is what `taskcast worker` loads. As a program, `bench_workers_tasks.py events|submits|bare-submits URL`,
+it is a process that measures itself and says its figures on stdout, as the handler `emit` does.
+"""
+
+import asyncio
+import json
+import logging
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from secrets import token_hex
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import hiredis
+import redis
+import structlog
+import uvloop
+
+from app import events
+from app.api.shannon import spelling
+from app.connect import Arg, Door, script
+from app.events import Submission, Thinking
+from app.identity import DEVELOPMENT, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identity
+from app.log import Log
+from app.settings import Settings
+from app.store import Store, open_store
+from app.task import Task
+from scripts.bench_rig import Figures, cpu_ns, measuring
+from scripts.bench_workers_peers import SLOTS, begun, say, timed_begun
+from workers import Context, task
+
+EVENTS_PER_TASK = 100
+SUBMITS = 10_000
+EVENT_BYTES = 200
+ACTOR = "worker:12345678"
+"""As long as a worker's own name."""
+BODY = b'{"query":"What is the answer?"}'
+READ_BYTES = 256 * 1024
+
+# As the peers: from WARNING on. At INFO, its default, a worker writes two lines for each task.
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+
+
+def submission(what: str) -> Submission:
+    """For a queue; or, as `emit:PID`, with the server's process as well."""
+    queue, _, valkey = what.partition(":")
+    return Submission(
+        id=token_hex(16),
+        org=DEVELOPMENT_ORG,
+        owner=DEVELOPMENT_USER,
+        queue=queue,
+        query="?",
+        context={"valkey": int(valkey)} if valkey else {},
+        submission=token_hex(16),
+    )
+
+
+# The handlers
+
+
+@task("noop")
+async def noop(_: Task, __: Context) -> None:
+    begun()
+
+
+@task("timed")
+async def timed(_: Task, __: Context) -> None:
+    timed_begun()
+
+
+def thought(actor: str) -> Thinking:
+    """As a worker says it, with EVENT_BYTES."""
+    empty = Thinking(actor=actor, message="-")
+    return Thinking(actor=actor, message="-" * (EVENT_BYTES - len(events.encode(empty)) + 1))
+
+
+_speaking: list[Context] = []
+_all_said = asyncio.Event()
+
+
+@task("emit")
+async def emit(_: Task, context: Context, *, valkey: int) -> None:
+    """The last of SLOTS tasks to begin lets all of them speak, each one event after the other."""
+    message = thought(ACTOR).message
+
+    async def speak(one: Context) -> None:
+        for _ in range(EVENTS_PER_TASK):
+            await one.thinking(message)
+
+    _speaking.append(context)
+    if len(_speaking) == SLOTS:
+        with measuring(*clocks(valkey)) as spent:
+            await asyncio.gather(*map(speak, _speaking))
+        tell(spent, SLOTS * EVENTS_PER_TASK)
+        _all_said.set()
+    await _all_said.wait()
+
+
+# Figures of this process
+
+
+def clocks(valkey: int) -> Sequence[Callable[[], int]]:
+    return time.process_time_ns, partial(cpu_ns, valkey), time.monotonic_ns
+
+
+def tell(spent: Sequence[int], count: int) -> None:
+    mine_ns, valkey_ns, wall_ns = spent
+    figures: Figures = {
+        "per_second": count / wall_ns * 1e9,
+        "worker_us": mine_ns / count / 1e3,
+        "valkey_us": valkey_ns / count / 1e3,
+    }
+    say(json.dumps(figures))
+
+
+# Bare: commands made before the clock starts, sent SLOTS at a time over a plain socket
+
+
+def bare(url: str, valkey: int, commands: Sequence[bytes]) -> None:
+    batches = [b"".join(commands[i : i + SLOTS]) for i in range(0, len(commands), SLOTS)]
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(unquote(urlsplit(url).path))
+        replies = hiredis.Reader()
+        with measuring(*clocks(valkey)) as spent:
+            for batch in batches:
+                sock.sendall(batch)
+                for _ in range(SLOTS):
+                    while (reply := replies.gets()) is False:
+                        replies.feed(sock.recv(READ_BYTES))
+                    code, *_ = reply[0] if isinstance(reply[0], list) else reply  # of an append: one reply per event
+                    assert code == b"ok", reply
+    tell(spent, len(commands))
+
+
+class Kept(Exception):
+    """Instead of an answer."""
+
+
+class Keeps(Door):
+    """Keeps commands instead of sending them."""
+
+    def __init__(self) -> None:
+        self.commands: list[bytes] = []
+
+    async def run(self, name: str, keys: Sequence[str], args: Sequence[Arg], **_: bool) -> Any:
+        self.commands.append(hiredis.pack_command(("EVALSHA", script(name).sha, len(keys), *keys, *args)))  # type: ignore[arg-type] # as in connect.py
+        raise Kept
+
+
+async def event_commands(store: Store) -> list[bytes]:
+    """What a worker sends for the events of SLOTS tasks, which run."""
+    for _ in range(SLOTS):
+        await store.submit(submission("emit"))
+    claimed = await store.claim(["emit"], "bench", SLOTS)
+    door, event = Keeps(), thought(ACTOR)
+    log = Log(door, store.partitions, store.settings)
+    for n in range(1, EVENTS_PER_TASK + 1):
+        for one in claimed:
+            with suppress(Kept):
+                await log.append(one.org, one.task, event, fence=one.fence, n=n)
+    return door.commands
+
+
+def asked() -> Submission:
+    """As the API makes it of a request."""
+    return spelling.submission(BODY, Identity(org=DEVELOPMENT_ORG, user=DEVELOPMENT_USER, key=DEVELOPMENT))
+
+
+async def submit_commands(store: Store) -> list[bytes]:
+    door = Keeps()
+    log = Log(door, store.partitions, store.settings)
+    for _ in range(SUBMITS):
+        with suppress(Kept):
+            await log.submit(asked())
+    return door.commands
+
+
+async def submits(store: Store, valkey: int) -> None:
+    left = iter(range(SUBMITS))
+
+    async def some() -> None:
+        for _ in left:
+            await store.submit(asked())
+
+    with measuring(*clocks(valkey)) as spent:
+        await asyncio.gather(*(some() for _ in range(SLOTS)))
+    tell(spent, SUBMITS)
+
+
+async def main(what: str, url: str) -> None:
+    with redis.Redis.from_url(url, protocol=2) as asking:
+        valkey = asking.info("server")["process_id"]
+    async with open_store(Settings(redis_url=url)) as store:
+        if what == "submits":
+            await submits(store, valkey)
+        elif what == "bare-submits":
+            bare(url, valkey, await submit_commands(store))
+        else:
+            bare(url, valkey, await event_commands(store))
+
+
+if __name__ == "__main__":
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main(*sys.argv[1:]))
