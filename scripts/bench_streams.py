@@ -7,29 +7,21 @@ anew, one at a time. The figures are medians of the rounds, the ratios medians o
 What this file must never do is hold a figure that it has not measured.
 """
 
-import argparse
 import asyncio
 import http.client
-import logging
-import os
-import platform
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import redis
-import structlog
-import uvloop
 
 from app import events, keys
 from app.embedded import Embedded
@@ -39,23 +31,24 @@ from app.settings import Settings
 from app.store import Store, open_store
 from scripts.bench_rig import (
     SCRIPTS,
+    Bench,
     Figures,
+    Goal,
     Load,
+    Measures,
     NotMeasured,
     Process,
+    Program,
+    Section,
     compiled_load,
-    cores,
     cpu_ns,
     files_max,
+    goal,
+    interleaved,
     listening,
     measuring,
-    medians,
-    prepare,
-    ratio,
     started,
-    table,
     tail,
-    write_results,
 )
 
 SUBSCRIBERS = 1000
@@ -305,39 +298,6 @@ p50, p99: from just before an event is published until it is whole at a subscrib
 Frames: for an event of 200 bytes, padded to the length of Taskcast's; on the wire some servers add chunk sizes."""
 
 
-@dataclass
-class Goal:
-    name: str
-    limit: float
-    found: float | None
-    """None: not measured."""
-
-    @property
-    def verdict(self) -> str:
-        return "not measured" if self.found is None else "met" if self.found <= self.limit else "not met"
-
-
-@dataclass
-class Section:
-    """What one of the functions below has measured."""
-
-    rows: dict[str, Figures] = field(default_factory=dict)
-    goals: list[Goal] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Bench:
-    folder: Path
-    load: Path
-    rounds: int
-
-    @contextmanager
-    def place(self, name: str) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix=f"{name}-", dir=self.folder) as made:
-            yield Path(made)
-
-
 async def fan_out_round(side: Side, load: Load, frame_bytes: float, count: int) -> Figures:
     """One task with SUBSCRIBERS, one event after the other."""
     size = side.text_bytes or EVENT_BYTES
@@ -380,36 +340,6 @@ def figures(spent: Sequence[int], counts: Mapping[str, int], appended: int) -> F
     }
 
 
-Measures = Callable[[Path], Awaitable[Figures]]
-"""One round of one side, in a folder of its own."""
-
-
-async def interleaved(
-    bench: Bench, section: Section, what: str, sides: Mapping[str, Measures]
-) -> dict[str, list[Figures]]:
-    """All sides in turn, for as many rounds. One that cannot be measured is left out from then on."""
-    found: dict[str, list[Figures]] = {name: [] for name in sides}
-    for number in range(bench.rounds):
-        for name, measure in sides.items():
-            if name not in found:
-                continue
-            with bench.place(what) as folder:
-                try:
-                    found[name].append(await measure(folder))
-                except NotMeasured as reason:
-                    section.notes.append(f"{name}: not measured: {reason}")
-                    section.notes += [tail(log) for log in folder.glob("*.log")]
-                    del found[name]
-        sys.stderr.write(f"{what}: round {number + 1} of {bench.rounds}\n")
-    section.rows |= {name: medians(rounds) for name, rounds in found.items()}
-    return found
-
-
-def goal(found: Mapping[str, Sequence[Figures]], name: str, limit: float, ours: str, theirs: str, figure: str) -> Goal:
-    both = ours in found and theirs in found
-    return Goal(name, limit, ratio(found[ours], found[theirs], figure) if both else None)
-
-
 async def fan_out(bench: Bench) -> Section:
     """One task, 1,000 subscribers, an event at a time."""
     section = Section()
@@ -417,7 +347,7 @@ async def fan_out(bench: Bench) -> Section:
 
     async def measure(opens: Opens, folder: Path) -> Figures:
         nonlocal frame_bytes
-        async with opens(folder) as side, Load(bench.load) as load:
+        async with opens(folder) as side, Load(compiled_load(bench.folder)) as load:
             measured = await fan_out_round(side, load, frame_bytes, EVENTS // 4 if opens is portable else EVENTS)
         if opens is taskcast:
             frame_bytes = measured["frame_bytes"]
@@ -441,7 +371,7 @@ async def fan_out(bench: Bench) -> Section:
 
 async def capacity(bench: Bench) -> str:
     """How much the load client can take: events without a pause, from the server that costs the least."""
-    async with transport_write(bench.folder) as side, Load(bench.load) as load:
+    async with transport_write(bench.folder) as side, Load(compiled_load(bench.folder)) as load:
         await load.open(SUBSCRIBERS, side.port, side.path)
         load.mark()
         await load.expect(SUBSCRIBERS * EVENTS)
@@ -483,7 +413,7 @@ async def many_tasks(bench: Bench) -> Section:
                 process, port = api(folder)
                 path = stream_path(TASK)
             with process:
-                async with Load(bench.load) as load:
+                async with Load(compiled_load(bench.folder)) as load:
                     await load.open(SUBSCRIBERS, port, path)
                     await asyncio.sleep(SETTLE_SECONDS)
                     await load.expect(SUBSCRIBERS)
@@ -511,7 +441,7 @@ async def wait(bench: Bench) -> Section:
         async with tasks(folder, SUBSCRIBERS + 1) as held:
             process, port = api(folder)
             with process:
-                async with Load(bench.load) as load:
+                async with Load(compiled_load(bench.folder)) as load:
                     await load.open(SUBSCRIBERS, port, stream_path(TASK))
                     task = TASK % SUBSCRIBERS
                     await load.open(1, port, stream_path(task))
@@ -579,7 +509,7 @@ async def memory(bench: Bench) -> Section:
 
     async def ours(folder: Path) -> Figures:
         data = Embedded(folder / "data")
-        async with data, AsyncExitStack() as writers, Load(bench.load) as load:
+        async with data, AsyncExitStack() as writers, Load(compiled_load(bench.folder)) as load:
             held = await writers.enter_async_context(tasks(folder, SUBSCRIBERS))
             process, port = api(folder)
             with process:
@@ -590,7 +520,7 @@ async def memory(bench: Bench) -> Section:
                     return {**found, "redis_connections": len(asking.client_list()) - 2}
 
     async def theirs(folder: Path) -> Figures:
-        async with nchan(folder, TASK) as side, Load(bench.load) as load:
+        async with nchan(folder, TASK) as side, Load(compiled_load(bench.folder)) as load:
             poster = Poster(side.port)
 
             async def publish() -> None:
@@ -613,7 +543,7 @@ async def stalled(bench: Bench) -> Section:
     section = Section()
 
     async def measure(folder: Path, *, readers: int) -> Figures:
-        async with taskcast(folder, text_bytes=BIG_EVENT_BYTES) as side, Load(bench.load) as load:
+        async with taskcast(folder, text_bytes=BIG_EVENT_BYTES) as side, Load(compiled_load(bench.folder)) as load:
 
             async def one(number: int) -> None:
                 await load.expect(SUBSCRIBERS, spin=True)
@@ -662,77 +592,5 @@ async def stalled(bench: Bench) -> Section:
 SECTIONS = {"fan-out": fan_out, "many-tasks": many_tasks, "wait": wait, "memory": memory, "stalled": stalled}
 
 
-# Output
-
-
-def cell(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == round(value) else f"{value:.2f}"
-
-
-def show(name: str, about: str, section: Section) -> None:
-    print(f"\n{name}: {about}")
-    if section.rows:
-        columns = next(iter(section.rows.values()))
-        head = ["", *(HEADS[column] for column in columns)]
-        print(table(head, [[side, *map(cell, row.values())] for side, row in section.rows.items()]))
-    print("".join(f"{note}\n" for note in section.notes), end="", flush=True)
-
-
-def show_goals(goals: Sequence[Goal]) -> None:
-    rows = [(one.name, f"{one.limit:g}", "" if one.found is None else f"{one.found:.2f}", one.verdict) for one in goals]
-    print(f"\n{table(('goal', 'at most', 'found', ''), rows)}")
-
-
-async def measured(bench: Bench, names: Sequence[str]) -> dict[str, Section]:
-    main_task = asyncio.current_task()
-    assert main_task
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, main_task.cancel)
-    found: dict[str, Section] = {}
-    for what in names:
-        try:
-            found[what] = await SECTIONS[what](bench)
-        except NotMeasured as reason:
-            found[what] = Section(notes=[f"not measured: {reason}"])
-        show(what, SECTIONS[what].__doc__ or "", found[what])
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench streams", description=__doc__.splitlines()[0] if __doc__ else ""
-    )
-    parser.add_argument("--rounds", type=int, default=5, choices=range(1, 100), metavar="N")
-    parser.add_argument("--only", choices=SECTIONS, action="append", help="may be given more than once")
-    asked = parser.parse_args()
-    try:
-        prepare()
-        server_core, load_core = cores()
-        print(f"Servers run on core {server_core}, everything else on core {load_core}. Rounds: {asked.rounds}.")
-        print(LEGEND, flush=True)
-        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
-        with (
-            tempfile.TemporaryDirectory(prefix="taskcast-bench-") as name,
-            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
-        ):
-            bench = Bench(Path(name), compiled_load(Path(name)), asked.rounds)
-            found = runner.run(measured(bench, asked.only or [*SECTIONS]))
-    except NotMeasured as reason:
-        sys.exit(f"Not measured: {reason}")
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        sys.exit("Stopped.")
-    show_goals([goal for section in found.values() for goal in section.goals])
-    machine = {"system": platform.platform(), "python": platform.python_version(), "cores": os.cpu_count()}
-    results = {"rounds": asked.rounds, "machine": machine}
-    sections = {
-        name: {
-            "rows": one.rows,
-            "goals": [{**asdict(goal), "verdict": goal.verdict} for goal in one.goals],
-            "notes": one.notes,
-        }
-        for name, one in found.items()
-    }
-    write_results("streams", {**results, "sections": sections})
-
-
 if __name__ == "__main__":
-    main()
+    Program(name="streams", about=__doc__ or "", sections=SECTIONS, heads=HEADS, legend=LEGEND).main()
