@@ -6,6 +6,7 @@ runs child processes is in `supervisor.py`.
 
 import asyncio
 import fcntl
+import gc
 import logging
 import re
 import shlex
@@ -355,6 +356,9 @@ async def _work(settings: Settings, modules: Sequence[str], queues: Sequence[str
     async with open_store(settings) as store:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        # As in the API: looking for cycles after each 700 new objects took a fifth of a short task's CPU (measured).
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 20)
         await runtime.run(store, handlers, stop=stop, queues=queues, slots=slots)
 
 

@@ -6,7 +6,7 @@ The partition's log allocates the id, so that ids of different tasks compare; th
 import hashlib
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -118,8 +118,8 @@ class Said(Struct, frozen=True, gc=False):
     rows: bytes
 
 
-def said(event: AnyEvent, only: str = "") -> Said:
-    """Encoded and checked, once; `only`: legal in no other status. Raises Invalid; TooLarge beyond EVENT_BYTES_MAX."""
+def said(event: AnyEvent, only: Collection[str] = ()) -> Said:
+    """Encoded and checked, once; `only`: legal in no other statuses. Raises Invalid; TooLarge beyond EVENT_BYTES_MAX."""
     assert not isinstance(event, events.Submitted | events.Started | events.Deleted), "these have their own steps"
     return Said(event, events.tag(event), events.encode(event), rows(event, only))
 
@@ -172,7 +172,7 @@ class Log:
         """
         submission = event.submission if isinstance(event, events.Continued) else ""
         repeat = bool(operation or submission) or (fence is not None and n is not None) or bool(seen[0])
-        numbered = [("" if n is None else n, said(event, status))]
+        numbered = [("" if n is None else n, said(event, [status] if status else ()))]
         (outcome,) = await self._append(org, task, numbered, fence, (operation, *seen, submission), repeat=repeat)
         if isinstance(outcome, TaskcastError):
             raise outcome

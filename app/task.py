@@ -14,7 +14,7 @@ Counters are whole numbers. An entry also sets, without any row: `last_seq`, `la
 `size` (bytes of all its events), `fence`, `attempt` and, when a worker said it, `n`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import StrEnum
 from functools import lru_cache
 from typing import Any
@@ -168,9 +168,11 @@ def targets(event: AnyEvent) -> dict[Status, Status]:
     return TABLE[type(event)]
 
 
-def changes(event: AnyEvent) -> dict[Status, Change]:
-    """The event's row for each status in which it is legal."""
-    return {before: _change(event, before, after) for before, after in targets(event).items()}
+def changes(event: AnyEvent, only: Collection[str] = ()) -> dict[Status, Change]:
+    """The event's row for each status in which it is legal; `only`: for these."""
+    return {
+        before: _change(event, before, after) for before, after in targets(event).items() if not only or before in only
+    }
 
 
 def _change(event: AnyEvent, before: Status, after: Status) -> Change:
@@ -178,7 +180,8 @@ def _change(event: AnyEvent, before: Status, after: Status) -> Change:
     if after is before:
         return row
     stamp, clear = list(row.stamp), list(row.clear)
-    if before in {PAUSED, HELD} and after not in {PAUSED, HELD}:
+    # From `running` too, where there is nothing to clear: so a worker's events have one row, not two.
+    if before in {RUNNING, PAUSED, HELD} and after not in {PAUSED, HELD}:
         clear += PAUSE
     if after in TERMINAL:
         stamp.append("finished_at")
@@ -365,25 +368,25 @@ class Row(Struct, frozen=True, array_like=True):
     change: Change
 
 
-def rows(event: AnyEvent, only: str = "") -> bytes:
-    """`changes`, as the script takes them: JSON, statuses that share a change together. `only`: of that status."""
-    if only:
-        return msgspec.json.encode([Row((b.value,), change) for b, change in changes(event).items() if b == only])
-    if isinstance(event, CONSTANT):
+def rows(event: AnyEvent, only: Collection[str] = ()) -> bytes:
+    """`changes`, as the script takes them: JSON, statuses that share a change together. `only`: of these statuses."""
+    if type(event) in CONSTANT:
         return _constant_rows(type(event))
-    return _rows(event)
+    return _rows(event, only)
 
 
 # Events whose rows do not depend on what they say: encoded once per type, for they are the frequent ones.
-CONSTANT = (
-    events.TextDelta,
-    events.Noted,
-    events.ToolCalled,
-    events.ToolReturned,
-    events.Thinking,
-    events.AgentStarted,
-    events.AgentCompleted,
-    events.PlanUpdated,
+CONSTANT: frozenset[type[Event]] = frozenset(
+    {
+        events.TextDelta,
+        events.Noted,
+        events.ToolCalled,
+        events.ToolReturned,
+        events.Thinking,
+        events.AgentStarted,
+        events.AgentCompleted,
+        events.PlanUpdated,
+    }
 )
 
 
@@ -393,9 +396,9 @@ def _constant_rows(kind: type[AnyEvent]) -> bytes:
     return msgspec.json.encode([Row(tuple(before.value for before in TABLE[kind]), change)])
 
 
-def _rows(event: AnyEvent) -> bytes:
+def _rows(event: AnyEvent, only: Collection[str]) -> bytes:
     grouped: list[tuple[list[str], Change]] = []
-    for before, change in changes(event).items():
+    for before, change in changes(event, only).items():
         for statuses, seen in grouped:
             if seen == change:
                 statuses.append(before.value)

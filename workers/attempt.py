@@ -85,7 +85,6 @@ class Attempt:
         self._resting_since: float | None = None
         self._draining = False
         self._expiry: asyncio.TimerHandle | None = None
-        self._log = logger.bind(task_id=claimed.task, org=claimed.org, worker=worker, fence=claimed.fence)
 
     # What the runtime tells it.
 
@@ -224,7 +223,7 @@ class Attempt:
             raise Over(self.lost)
         if not isinstance(event, events.TextDelta):  # these are many, and their attempt tells who speaks
             event = msgspec.structs.replace(event, actor=self._actor)
-        one = said(event)
+        one = said(event, LEASED)
         answer: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(_look_at)
         self._queue.append((one, answer))
@@ -329,11 +328,13 @@ class Attempt:
         """Counts and logs it, and warns the task's readers once, unless the task has ended."""
         self.refused += 1
         ended = status == GONE or status in TERMINAL
-        log = self._log.info if ended else self._log.warning
-        log("task.refused", said=one.tag, reason=error.code, status=status, refused=self.refused)
+        claimed = self.claimed
+        log = logger.bind(task_id=claimed.task, org=claimed.org, actor=self._actor, fence=claimed.fence)
+        tell = log.info if ended else log.warning
+        tell("task.refused", said=one.tag, reason=error.code, status=status, refused=self.refused)
         if ended or self.refused > 1:
             return
-        claimed, message = self.claimed, f"A worker's event ({one.tag}) was refused: {error}"
+        message = f"A worker's event ({one.tag}) was refused: {error}"
         with suppress(TaskcastError):
             await self.store.append(
                 claimed.org, claimed.task, events.Noted(actor=self._actor, name="WARNING", message=message)

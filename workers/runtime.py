@@ -40,6 +40,8 @@ logger = structlog.get_logger()
 
 TICK_SECONDS = 1.0
 """Between two looks at what is due; deadlines and lost leases are noticed so late at most."""
+GATHER_SECONDS = 0.002
+"""While more tasks wait, slots that become free within this time are filled by one claim: it costs less than several."""
 PAUSE_SECONDS = 1.0
 """Before claims go on after an error of the store."""
 LATE_SECONDS = 0.1
@@ -192,6 +194,8 @@ class Worker:
         self._runners: set[asyncio.Task[None]] = set()
         """One per taken slot."""
         self._freed = asyncio.Event()
+        self._more = False
+        """The last claim filled all free slots: more may wait."""
         self._log = logger.bind(worker=name)
 
     async def run(self) -> None:
@@ -229,12 +233,16 @@ class Worker:
         if not free:
             await self._unless_stopped(self._freed.wait())
             return
+        if self._more and free < self._slots // 2:
+            await self._unless_stopped(asyncio.sleep(GATHER_SECONDS))
+            free = self._slots - len(self._runners)
         # Not to be cut off by the stop: what the store has handed out must be known here.
         asked_at = asyncio.get_running_loop().time()
         claimed = await self._store.claim(self._queues, self.name, free)
         for one in claimed:
             self._begin(one, self._lease_until(asked_at))
-        if len(claimed) < free:
+        self._more = len(claimed) == free
+        if not self._more:
             await self._unless_stopped(woken())
 
     def _lease_until(self, asked_at: float) -> float:

@@ -40,12 +40,13 @@ table.sort(waiting, function(a, b)
   return a.member < b.member
 end)
 
-local plans, strays = {}, {}
+local plans, strays, rows = {}, {}, {}
 for i = 1, math.min(free, #waiting) do
   local one = waiting[i]
   local org, id = string.match(one.member, '^([^/]*)/(.*)$')
   local fields = org and load(org, id)
-  local change = fields and row(ARGV[one.at + 2], fields.status)
+  rows[one.at] = rows[one.at] or cjson.decode(ARGV[one.at + 2])
+  local change = fields and row(rows[one.at], fields.status)
   if change then
     local plan = { org = org, id = id, fields = fields, type = 'started', event = ARGV[one.at + 1], n = '', lease = lease }
     plan.change = change

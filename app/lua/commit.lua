@@ -50,9 +50,9 @@ local function load(org, id)
   return fields
 end
 
--- The row for this status, from [[[statuses…], change]…]; nil: the table refuses.
+-- The row for this status, from [[[statuses…], change]…], as text or decoded; nil: the table refuses.
 local function row(rows, status)
-  for _, pair in ipairs(cjson.decode(rows)) do
+  for _, pair in ipairs(type(rows) == 'table' and rows or cjson.decode(rows)) do
     for _, legal in ipairs(pair[1]) do
       if legal == status then return pair[2] end
     end
@@ -131,10 +131,14 @@ local function prepare(plan)
   touch('list', key('marks'))
   touch('hash', plan.task)
   touch('stream', plan.events)
-  touch('string', plan.text)
-  touch('string', plan.next_text)
-  touch('hash', plan.base)
-  touch('string', plan.base_text)
+  if change.text then touch('string', plan.text) end
+  local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
+  plan.marks = plan.seq - marked_seq >= EVENTS_PER_MARK or plan.size - marked_size >= BYTES_PER_MARK
+  if plan.marks then
+    touch('string', plan.next_text)
+    touch('hash', plan.base)
+    touch('string', plan.base_text)
+  end
   plan.join, plan.leave = {}, {}
   if plan.new then
     touch('zset', key('queues'))
@@ -303,8 +307,9 @@ local function write(plan)
     if after.ready_at then when = tonumber(after.ready_at) end
     redis.call('ZADD', key('ready', after.queue), digits(when), plan.member)
     redis.call('ZADD', key('ready-of', plan.org .. ':' .. after.queue), digits(when), plan.member)
-    redis.call('RPUSH', key('wake', after.queue), '1')
-    redis.call('LTRIM', key('wake', after.queue), -WAKE_TOKENS, -1)
+    if redis.call('RPUSH', key('wake', after.queue), '1') > WAKE_TOKENS then
+      redis.call('LTRIM', key('wake', after.queue), -WAKE_TOKENS, -1)
+    end
   elseif change.ready == 'remove' then
     redis.call('ZREM', key('ready', after.queue), plan.member)
     redis.call('ZREM', key('ready-of', plan.org .. ':' .. after.queue), plan.member)
@@ -333,8 +338,7 @@ local function write(plan)
 
   -- Trimming: every mark copies the snapshot to `next`; the following mark cuts the stream there and keeps that
   -- copy as `base`. So fold(base, entries) is the snapshot at any time.
-  local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
-  if plan.seq - marked_seq >= EVENTS_PER_MARK or plan.size - marked_size >= BYTES_PER_MARK then
+  if plan.marks then
     if plan.mark[1] then
       local ms, n = string.match(plan.mark[3], '^(%d+)-(%d+)$')
       redis.call('XTRIM', plan.events, 'MINID', '=', ms .. '-' .. digits(tonumber(n) + 1))

@@ -354,9 +354,9 @@ def test_the_script_knows_every_field_that_a_change_looks_at() -> None:
 
 
 def test_rows_for_one_status_are_those_of_that_status() -> None:
-    (pair,) = msgspec.json.decode(rows(events.LeaseLost(), "running"), type=list[Row])
+    (pair,) = msgspec.json.decode(rows(events.LeaseLost(), ["running"]), type=list[Row])
     assert (pair.statuses, pair.change) == (("running",), changes(events.LeaseLost())[RUNNING])
-    assert msgspec.json.decode(rows(events.LeaseLost(), "queued")) == []
+    assert msgspec.json.decode(rows(events.LeaseLost(), ["queued"])) == []
 
 
 def test_usage_adds_up() -> None:
