@@ -39,7 +39,8 @@ class Trace:
         trace = scope[_TRACE] = trace_of(Headers(scope=scope))
         ids = [(b"x-trace-id", trace.encode()), (b"x-span-id", secrets.token_hex(8).encode())]
         # Like streams, requests that wait last as long as they should.
-        status, streaming = 0, scope["type"] == "websocket" or b"wait=" in scope["query_string"]
+        waits = b"wait=" in scope["query_string"] or scope["path"].endswith("/review")
+        status, streaming = 0, scope["type"] == "websocket" or waits
 
         async def traced(message: Message) -> None:
             nonlocal status, streaming

@@ -4,6 +4,7 @@
     ├── Invalid            the request itself is wrong
     │   └── TooLarge       a stated limit is exceeded
     ├── Unauthorized       no key, or one that nobody knows
+    ├── Forbidden          a task that the caller may read, but not decide about
     ├── Gone               a cursor's events are not kept any more, and the caller wants no less than all
     ├── NotFound           no such task here, or one of another organisation
     ├── Conflict           right request, wrong moment: the transition table refuses it
@@ -37,6 +38,10 @@ class Unauthorized(TaskcastError):
 
 class NotFound(TaskcastError):
     code = "not_found"
+
+
+class Forbidden(TaskcastError):
+    code = "forbidden"
 
 
 class Gone(TaskcastError):

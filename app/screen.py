@@ -46,7 +46,15 @@ _STATUS = {
     "workflow.resumed": "running",
     "workflow.cancelled": "cancelled",
     "error": "failed",
+    "APPROVAL_REQUESTED": "paused",
+    "APPROVAL_DECISION": "running",
+    "RESEARCH_PLAN_READY": "paused",
+    "RESEARCH_PLAN_APPROVED": "running",
+    "REVIEW_USER_FEEDBACK": "running",
 }
+_GOES_ON = {"workflow.resumed", "APPROVAL_DECISION", "RESEARCH_PLAN_APPROVED", "REVIEW_USER_FEEDBACK"}
+ASKED_LINES = 10
+"""Of what a human has to decide about, on a live screen."""
 
 
 def clean(text: object) -> str:
@@ -72,17 +80,23 @@ class View:
         self.error = ""
         self.texts: dict[str, str] = {}
         """Agent → what it has written in this attempt."""
+        self.decide = ""
+        """What to type while the task waits for a human; `message` says what it is about."""
         self.notice = ""
         """What happens to the connection."""
         self.dropped = False
         """The last event made the text shown so far void: another attempt, or another turn, writes it anew."""
+        self._held = False
+        """Paused, and no attempt lives: it will be queued when it goes on."""
         self._began = time.monotonic()
         self._spinner = Spinner("dots", style="blue")
 
     def take(self, event: str, data: Json) -> None:
         self.notice, self.dropped = "", False
         payload = data.get("payload") or {}
-        self.status = _STATUS.get(event, self.status)
+        before, self.status = self.status, _STATUS.get(event, self.status)
+        if not event.startswith("thread."):
+            self._pause(event, before, payload)
         match event:
             case "thread.message.delta":
                 self._attempt(data.get("attempt"))
@@ -109,6 +123,30 @@ class View:
                 pass
         if not event.startswith("thread.") and data.get("message"):
             self.message = clean(data["message"])
+        if event == "ERROR_RECOVERY" and payload.get("error"):
+            again = f"; next in {payload.get('delay_seconds') or 0:g} s" if self.status == "queued" else ""
+            self.message = f"attempt {payload.get('attempt')} failed: {clean(payload['error'])}{again}"
+
+    def _pause(self, event: str, before: str, payload: Json) -> None:
+        """Whether the task waits for a human, and whether somebody still works at it meanwhile."""
+        resting = {"workflow.pausing": {"queued"}, "ERROR_RECOVERY": {"pausing", "paused"}}
+        if before in resting.get(event, ()):
+            self._held, self.status = True, "paused"
+        elif event in {"DATA_PROCESSING", "WORKFLOW_STARTED"}:
+            self._held = False
+        elif event in _GOES_ON and self._held:
+            self._held, self.status = False, "queued"
+        # A worker's own plan has the same name, but no version.
+        plan = event == "RESEARCH_PLAN_READY" or (event == "RESEARCH_PLAN_UPDATED" and "version" in payload)
+        if event == "APPROVAL_REQUESTED" or plan:
+            self.status = "paused"
+            self._ask(plan=plan)
+        elif self.status != "paused":
+            self.decide = ""
+
+    def _ask(self, *, plan: bool) -> None:
+        what = " --feedback 'what should be different'" if plan else ""
+        self.decide = f"To decide: taskcast approve {self.task}, or taskcast deny {self.task}{what}"
 
     def _attempt(self, number: object) -> None:
         if isinstance(number, int) and number != self.attempt:
@@ -126,6 +164,12 @@ class View:
         self.status = word(snapshot.get("status", self.status))
         self.attempt = snapshot.get("attempt") or self.attempt
         self.progress = snapshot.get("progress") or None
+        self.decide, self._held = "", False
+        if approval := snapshot.get("approval"):
+            self.message = f"Needs approval: {clean(approval.get('reason', ''))}"
+            self._ask(plan=False)
+        elif (snapshot.get("review") or {}).get("pending"):
+            self._ask(plan=True)
 
     @property
     def seconds(self) -> float:
@@ -168,6 +212,12 @@ class View:
             said = Text(self.message, style="dim", overflow="ellipsis", no_wrap=True)
             bar.add_row(ProgressBar(1.0, self.progress, width=30), f"{self.progress:4.0%}", said)
             lines.append(bar)
+        if self.decide:
+            asked = self.message.splitlines()
+            more = ["⋯"] if len(asked) > ASKED_LINES else []
+            lines += [Text("\n".join(asked[:ASKED_LINES] + more)), Text(self.decide, style="yellow")]
+        elif self.progress is None and self.status == "queued":
+            lines.append(Text(self.message, style="dim"))
         if self.notice:
             lines.append(Text(self.notice, style="yellow"))
         return lines
@@ -178,7 +228,7 @@ class Lines:
 
     def __init__(self, view: View, console: Console) -> None:
         self._view, self._console = view, console
-        self._state: tuple[str, int] = ("", 0)
+        self._state: tuple[str, int, str] = ("", 0, "")
         self._said = ""
         self._printed = ""
 
@@ -190,7 +240,7 @@ class Lines:
                 self._line("(The text above is void: it is written anew.)")
             self._printed = ""
         self._print(upto=view.text.rfind("\n") + 1)
-        state = (view.status, view.attempt)
+        state = (view.status, view.attempt, view.decide)
         progress = "" if view.progress is None else f"{view.progress:.0%}"
         if view.notice:
             self._line(f"({view.notice})")
@@ -200,6 +250,8 @@ class Lines:
                 return  # the summary says it
             attempt = f"attempt {view.attempt}" if view.attempt > 1 and view.status == "running" else ""
             self._line("  ".join(filter(None, [f"[{view.status}]", attempt, progress, view.message])))
+            if view.decide:
+                self._line(f"({view.decide})")
         elif progress and progress + view.message != self._said:
             self._line(f"[{view.status}]  {progress}  {view.message}".rstrip())
         self._state, self._said = state, progress + view.message

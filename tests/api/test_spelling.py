@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -154,6 +155,21 @@ def submitted(body: object, **more: Any) -> Submission:
         ({"query": "q", "mode": "deep"}, "Invalid mode (allowed: simple, standard, complex, supervisor)"),
         ({"query": "q", "timeout_seconds": 0}, "timeout_seconds out of range (1..86400)"),
         ({"query": "q", "timeout_seconds": 86401}, "timeout_seconds out of range (1..86400)"),
+        ({"query": "q", "ttl_seconds": 0.9}, "ttl_seconds out of range (1..604800)"),
+        ({"query": "q", "ttl_seconds": 604_801}, "ttl_seconds out of range (1..604800)"),
+        ({"query": "q", "priority": -1}, "priority out of range (0..2)"),
+        ({"query": "q", "priority": 3}, "priority out of range (0..2)"),
+        ({"query": "q", "max_attempts": 0}, "max_attempts out of range (1..100)"),
+        ({"query": "q", "max_attempts": 101}, "max_attempts out of range (1..100)"),
+        ({"query": "q", "priority": True}, "Invalid request body: Expected `int | null`, got `bool` - at `$.priority`"),
+        *(
+            (
+                {"query": "q", "run_at": moment},
+                "Invalid run_at (expected RFC 3339 with an offset, such as 2030-01-31T09:00:00Z)",
+            )
+            for moment in ("soon", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z", "2030-01-31", "20300131T090000Z", " ")
+        ),
+        ({"query": "q", "run_at": "9999-12-31T23:59:59Z"}, "run_at out of range (at most 10 years ahead)"),
         ({"query": 7}, "Invalid request body: Expected `str | null`, got `int` - at `$.query`"),
         ({"query": "q", "context": []}, "Invalid request body: Expected `object | null`, got `array` - at `$.context`"),
         (["query"], "Invalid request body: Expected `object`, got `array`"),
@@ -248,6 +264,36 @@ def test_top_level_fields_win_over_the_context() -> None:
     }
 
 
+def test_what_is_ours_in_a_submission_reaches_the_store() -> None:
+    moment = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    asked = submitted(
+        {
+            "query": "q",
+            "run_at": moment,
+            "priority": 2,
+            "max_attempts": 100,
+            "ttl_seconds": 604_800,
+            "timeout_seconds": 86_400,
+        }
+    )
+    assert (asked.priority, asked.max_attempts) == (2, 100)
+    assert 3500 < asked.delay_seconds <= 3600
+    # Both count from the moment at which a worker may have it.
+    assert asked.ttl_seconds == 604_800 + asked.delay_seconds
+    assert asked.deadline_seconds == 86_400 + asked.delay_seconds
+    bare = submitted({"query": "q"})
+    assert (bare.priority, bare.max_attempts, bare.delay_seconds, bare.ttl_seconds) == (0, 0, 0, 0)
+
+
+def test_a_moment_has_any_offset_and_what_has_passed_is_now() -> None:
+    for moment in ("2001-01-01T00:00:00Z", "2001-01-01t00:00:00.123456789z", "2001-01-01 00:00:00+05:30"):
+        asked = submitted({"query": "q", "run_at": moment, "timeout_seconds": 1})
+        assert (asked.delay_seconds, asked.deadline_seconds) == (0, 1)
+    furthest = datetime.now(UTC) + timedelta(days=3649)
+    late = submitted({"query": "q", "run_at": furthest.isoformat(), "ttl_seconds": 604_800, "timeout_seconds": 86_400})
+    events.encode(events.Submitted(task=late))  # the store takes it
+
+
 def test_forced_research_is_standard_unless_a_strategy_is_named() -> None:
     assert submitted({"query": "q", "context": {"force_research": True}}).context["research_strategy"] == "standard"
     named = {"query": "q", "context": {"force_research": True, "research_strategy": "quick"}}
@@ -282,6 +328,37 @@ def test_an_idempotency_key_fixes_the_id_and_hashes_the_body() -> None:
 def test_each_status_has_its_golden_body(status: Status) -> None:
     body = json.loads(msgspec.json.encode(task_body(snapshot_of(status))))
     assert body == json.loads((GOLDEN / f"shannon_{status}.json").read_text())
+
+
+def test_a_body_says_what_the_task_waits_for() -> None:
+    asked = events.ApprovalRequested(approval="ap1", reason="Deploy?", payload={"risk": "high"})
+    body = task_body(task(folded(STARTED, asked).fields))
+    assert body["status"] == "TASK_STATUS_PAUSED"
+    assert body["approval"] == {
+        "approval_id": "ap1",
+        "reason": "Deploy?",
+        "payload": {"risk": "high"},
+        "requested_at": "2025-10-22T10:30:02.000002Z",
+    }
+    decided = events.ApprovalDecided(approval="ap1", approved=True)
+    assert "approval" not in task_body(task(folded(STARTED, asked, decided).fields))
+    plan = events.ReviewRequested(plan="1. Ask.", version=1)
+    body = task_body(task(folded(STARTED, plan).fields))
+    assert body["review"] == {"status": "reviewing", "round": 1, "version": 1, "pending": True}
+    said = events.Reviewed(version=1, approved=True)
+    body = task_body(task(folded(STARTED, plan, said).fields))
+    assert body["review"] == {"status": "approved", "round": 1, "version": 1, "pending": False}
+    assert "approval" not in body
+
+
+def test_a_body_says_when_the_next_attempt_may_begin_and_whose_child_it_is() -> None:
+    body = task_body(task(folded(STARTED, events.Requeued(delay_seconds=3)).fields))
+    assert (body["next_attempt_at"], body["attempt"], body["max_attempts"]) == ("2025-10-22T10:30:05.000002Z", 1, 3)
+    again = folded(STARTED, events.Requeued(delay_seconds=3), STARTED, events.ChildSubmitted(task=QUESTION))
+    assert "next_attempt_at" not in task_body(task(again.fields))
+    assert task_body(task(again.fields))["children"] == 1
+    child = snapshot_of(Status.QUEUED, parent="task_parent", max_attempts=7)
+    assert (task_body(child)["parent_task_id"], task_body(child)["max_attempts"]) == ("task_parent", 7)
 
 
 @pytest.mark.parametrize("status", STORED)
@@ -621,6 +698,7 @@ def test_every_error_of_the_tree_has_a_status_and_a_sentence() -> None:
         errors.Invalid: 400,
         errors.TooLarge: 413,
         errors.Unauthorized: 401,
+        errors.Forbidden: 403,
         errors.Gone: 410,
         errors.NotFound: 404,
         errors.Conflict: 409,
@@ -671,6 +749,10 @@ def test_a_conflict_about_a_status_says_which() -> None:
         ("resume", Status.RUNNING, "task is not paused"),
         ("resume", Status.QUEUED, "task is not paused"),
         ("resume", Status.TIMED_OUT, "cannot resume timed out task"),
+        ("resume", Status.PAUSED, "ours"),
+        ("resume", Status.HELD, "ours"),
+        ("retry", Status.COMPLETED, "cannot retry completed task"),
+        ("retry", Status.PAUSED, "task has not ended"),
     ],
 )
 def test_a_refused_control_speaks_upstreams_words(verb: str, status: Status, sentence: str) -> None:

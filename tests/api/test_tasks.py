@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -133,7 +134,7 @@ async def test_without_a_key_everything_is_401(connect: Connect) -> None:
         ("POST", "/stream"),
         ("GET", ""),
         *(("GET", f"/t{rest}") for rest in ("", "/events", "/timeline", "/control-state")),
-        *(("POST", f"/t/{verb}") for verb in ("cancel", "pause", "resume")),
+        *(("POST", f"/t/{verb}") for verb in ("cancel", "pause", "resume", "retry")),
         ("DELETE", "/t"),
     ]
     for method, path in calls:
@@ -274,6 +275,9 @@ async def listed(client: httpx.AsyncClient, **query: Any) -> tuple[list[str], in
         ("session_id=a%20b", "Invalid session_id format"),
         ("status=DONE", "Invalid status value"),
         ("status=QUEUED,", "Invalid status value"),
+        ("parent_id=a%20b", "Invalid parent_id format"),
+        ("dead=yes", "Invalid dead parameter"),
+        ("dead=true&status=FAILED", "dead=true is a status of its own: leave status out"),
     ],
 )
 async def test_a_bad_list_is_a_400(client: httpx.AsyncClient, query: str, sentence: str) -> None:
@@ -349,6 +353,62 @@ async def test_a_list_shows_the_callers_tasks_and_nobodys(connect: Connect, clie
         assert await listed(nobody, **query) == ([nobodys], 1)
     assert await listed(client, session_id="other") == ([], 0)
     assert await listed(client, session_id="s", status="RUNNING") == ([], 0)
+
+
+async def test_the_dead_are_those_whose_attempts_are_used_up_or_whose_handler_raised(
+    connect: Connect, client: httpx.AsyncClient, store: Store
+) -> None:
+    colleague, nobody = await connect("colleague"), await connect("")
+
+    async def ended(event: AnyEvent, who: httpx.AsyncClient = client) -> str:
+        id_ = await submitted(who, session_id="s")
+        await tell(await claimed(store, id_), event)
+        return id_
+
+    await ended(events.Failed(error="e"))
+    await ended(events.TimedOut())
+    mine, nobodys = await ended(events.Errored(error="e")), await ended(events.Errored(error="e"), nobody)
+    theirs = await ended(events.Errored(error="e"), colleague)
+    for dead in ("true", "1", "TRUE"):
+        assert await listed(client, dead=dead) == ([nobodys, mine], 2)
+    assert await listed(client, dead="true", session_id="s", limit=1) == ([nobodys], 2)
+    assert await listed(colleague, dead="true") == ([theirs, nobodys], 2)
+    assert (await listed(client, dead="false"))[1] == (await listed(client))[1] == 4
+
+
+async def test_a_tasks_children_are_listed_by_the_lists_rule(
+    connect: Connect, client: httpx.AsyncClient, store: Store
+) -> None:
+    parent = await submitted(client)
+    attempt = await claimed(store, parent)
+    children = []
+    for i, owner in enumerate((DEVELOPMENT_USER, "", "colleague", DEVELOPMENT_USER)):
+        children.append(f"child-{i}")
+        task = Submission(
+            id=children[-1],
+            org=DEVELOPMENT_ORG,
+            owner=owner,
+            parent=parent,
+            session=f"s{i}",
+            agent=f"a{i}",
+            queue="other",
+            submission="r",
+        )
+        await tell(attempt, events.ChildSubmitted(task=task))
+    await store.queues.follow_up()
+    assert (await client.get(f"{TASKS}/{parent}")).json()["children"] == 4
+    assert (await client.get(f"{TASKS}/child-0")).json()["parent_task_id"] == parent
+    one, two, three, four = children
+    assert await listed(client, parent_id=parent) == ([four, two, one], 3)
+    assert await listed(await connect("colleague"), parent_id=parent) == ([three, two], 2)
+    assert await listed(client, parent_id=parent, session_id="s3") == ([four], 1)
+    assert await listed(client, parent_id=parent, agent_id="a0") == ([one], 1)
+    assert await listed(client, parent_id=parent, limit=1, offset=1) == ([two], 3)
+    await client.post(f"{TASKS}/{four}/cancel")
+    assert await listed(client, parent_id=parent, status="CANCELLED") == ([four], 1)
+    assert await listed(client, parent_id=parent, dead="true") == ([], 0)
+    assert await listed(client, parent_id=one) == ([], 0)
+    assert await listed(await connect("x", org="elsewhere"), parent_id=parent) == ([], 0)
 
 
 async def test_a_list_too_deep_to_merge_says_so(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -634,7 +694,7 @@ async def test_a_queued_task_can_be_held_and_go_on(client: httpx.AsyncClient, st
     await claimed(store, id_)
 
 
-@pytest.mark.parametrize("verb", ["cancel", "pause", "resume"])
+@pytest.mark.parametrize("verb", ["cancel", "pause", "resume", "retry"])
 async def test_only_the_owner_steers_a_task_and_anybody_one_of_nobody(
     connect: Connect, client: httpx.AsyncClient, verb: str
 ) -> None:
@@ -642,6 +702,9 @@ async def test_only_the_owner_steers_a_task_and_anybody_one_of_nobody(
     if verb == "resume":
         for id_ in (mine, nobodys):
             await client.post(f"{TASKS}/{id_}/pause")
+    if verb == "retry":
+        await client.post(f"{TASKS}/{mine}/cancel")
+        await client.post(f"{TASKS}/{nobodys}/cancel")
     for other in (await connect("colleague"), await connect(""), await connect("x", org="elsewhere")):
         assert await steered(other, mine, verb) == (404, {"error": "Task not found"})
         assert (await other.get(f"{TASKS}/{mine}/control-state")).status_code == 404
@@ -668,7 +731,7 @@ async def test_a_controls_body_is_an_object_with_a_text_or_nothing(client: httpx
 async def test_a_repeated_control_with_a_key_gets_the_first_answer(client: httpx.AsyncClient, store: Store) -> None:
     id_ = await submitted(client)
     keyed = {"Idempotency-Key": "k"}
-    for verb in ("pause", "resume", "cancel"):
+    for verb in ("pause", "resume", "cancel", "retry"):
         first = await client.post(f"{TASKS}/{id_}/{verb}", headers=keyed)
         again = await client.post(f"{TASKS}/{id_}/{verb}", headers=keyed)
         assert (first.status_code, first.text) == (again.status_code, again.text)
@@ -681,7 +744,91 @@ async def test_a_repeated_control_with_a_key_gets_the_first_answer(client: httpx
         "WORKFLOW_PAUSING",
         "WORKFLOW_RESUMED",
         "WORKFLOW_CANCELLED",
+        "DATA_PROCESSING",
     ]
+
+
+async def test_an_ended_task_is_tried_again_with_all_its_attempts(client: httpx.AsyncClient, store: Store) -> None:
+    id_ = await submitted(client, max_attempts=2)
+    for _ in range(2):
+        await tell(await claimed(store, id_), events.TextDelta(text="half"), events.Errored(error="e"))
+        assert await steered(client, id_, "retry", json={"reason": "mended"}) == (
+            202,
+            {"success": True, "message": "The task is queued again", "task_id": id_},
+        )
+    body = (await client.get(f"{TASKS}/{id_}")).json()
+    assert (body["status"], body["attempt"], body["max_attempts"], body["error"]) == ("TASK_STATUS_QUEUED", 0, 2, "")
+    assert (await told(client, id_))["events"][-1]["message"] == "mended"
+    attempt = await claimed(store, id_)
+    code, answer = await steered(client, id_, "retry")
+    assert (code, answer["error"], answer["status"]) == (409, "task has not ended", "TASK_STATUS_RUNNING")
+    await attempt.complete()
+    code, answer = await steered(client, id_, "retry")
+    assert (code, answer["error"]) == (409, "cannot retry completed task")
+
+
+@pytest.mark.parametrize("event", [events.Failed(error="e"), events.TimedOut(), events.Cancelled()])
+async def test_whatever_ended_badly_can_be_tried_again(
+    client: httpx.AsyncClient, store: Store, event: AnyEvent
+) -> None:
+    id_ = await submitted(client)
+    await store.append(DEVELOPMENT_ORG, id_, event)
+    assert (await steered(client, id_, "retry"))[0] == 202
+    assert (await told(client, id_))["events"][-1]["message"] == "The task is tried once more."
+    await claimed(store, id_)
+
+
+async def test_a_retry_gets_as_much_time_as_the_submission(client: httpx.AsyncClient, store: Store) -> None:
+    async def retried(id_: str) -> float:
+        """How much time that gives it, in seconds."""
+        await client.post(f"{TASKS}/{id_}/cancel")
+        assert (await steered(client, id_, "retry"))[0] == 202
+        task = await store.get(DEVELOPMENT_ORG, id_)
+        assert task
+        return (task.deadline_at - task.queued_at) / 1_000_000 if task.deadline_at else 0
+
+    plain, timed = await submitted(client), await submitted(client, timeout_seconds=90, ttl_seconds=5)
+    later = await submitted(client, run_at=(datetime.now(UTC) + timedelta(hours=1)).isoformat(), timeout_seconds=50)
+    for _ in range(3):
+        assert await retried(plain) == 0
+        assert await retried(timed) == 90
+        assert await retried(later) == pytest.approx(50)
+    await client.post(f"{TASKS}/{timed}/cancel")
+    continued = events.Continued(query="and?", submission="again", deadline_seconds=40)
+    await store.append(DEVELOPMENT_ORG, timed, continued)
+    assert await retried(timed) == 40
+
+
+async def test_a_task_waits_for_its_moment_and_its_turn(client: httpx.AsyncClient, store: Store) -> None:
+    moment = datetime.now(UTC) + timedelta(hours=1)
+    later = await submitted(client, run_at=moment.isoformat(), max_attempts=5)
+    low, urgent = await submitted(client), await submitted(client, priority=2)
+    await claimed(store, urgent)
+    await claimed(store, low)
+    assert await store.claim(["default"], "w", 1) == []
+    body = (await client.get(f"{TASKS}/{later}")).json()
+    assert body["max_attempts"] == 5
+    assert abs(datetime.fromisoformat(body["next_attempt_at"]) - moment) < timedelta(seconds=5)
+
+
+async def test_a_task_that_nobody_begins_in_time_expires(client: httpx.AsyncClient, store: Store) -> None:
+    id_ = await submitted(client, ttl_seconds=1)
+
+    async def timed_out() -> bool:
+        await store.queues.tick()
+        return await status_of(client, id_) == "TIMEOUT"
+
+    await wait_until(timed_out, "its time to live is over")
+    assert "time to live" in (await client.get(f"{TASKS}/{id_}")).json()["error"]
+
+
+async def test_options_count_in_what_an_idempotency_key_stands_for(client: httpx.AsyncClient) -> None:
+    keyed = {"Idempotency-Key": "k"}
+    first = await client.post(TASKS, json={"query": "q", "priority": 1}, headers=keyed)
+    assert first.status_code == 200
+    for changed in ({"priority": 2}, {"priority": 1, "max_attempts": 2}, {}):
+        answer = await client.post(TASKS, json={"query": "q", **changed}, headers=keyed)
+        assert answer.status_code == 409
 
 
 async def test_a_task_can_be_deleted_once(client: httpx.AsyncClient, store: Store) -> None:
@@ -714,7 +861,7 @@ async def test_a_task_of_another_dialect_is_readable_too(client: httpx.AsyncClie
     assert (body["query"], body["session_id"], body["mode"]) == ("", "", "EXECUTION_MODE_STANDARD")
 
 
-@pytest.mark.parametrize("path", ["/api/v1/schedules", "/api/v1/skills", "/api/v1/tools", "/api/v1/approvals/decision"])
+@pytest.mark.parametrize("path", ["/api/v1/schedules", "/api/v1/skills", "/api/v1/tools"])
 async def test_what_is_out_of_scope_is_a_404_as_json(client: httpx.AsyncClient, path: str) -> None:
     for method in ("GET", "POST"):
         answer = await client.request(method, path)

@@ -1,7 +1,10 @@
 """Shannon's HTTP API over the store: an unmodified `shannon-sdk` works against it.
 
     spelling.py   its request → our submission; our task, event, error → its JSON. Pure; start here
-    tasks.py      /api/v1/tasks: submit, get, list, events, timeline, cancel, pause, resume, control-state, delete
+    tasks.py      /api/v1/tasks: submit, get, list, events, timeline, cancel, pause, resume, retry, control-state,
+                  delete
+    approvals.py  /api/v1/approvals: what waits for a human, and the decision
+    reviews.py    /api/v1/tasks/{id}/review: a plan, what a human says of it, and the next plan
     streams.py    /api/v1/stream/sse and /ws, /api/v1/tasks/{id}/stream
     sessions.py   /api/v1/sessions: every task with that session id of its owner
 
@@ -9,9 +12,9 @@ The names below are the same in every dialect, in this order; no dialect imports
 404 as JSON: schedules, skills, tools, swarm, files, /auth, the OpenAI front.
 """
 
-from app.api.shannon import sessions, streams, tasks
+from app.api.shannon import approvals, reviews, sessions, streams, tasks
 from app.api.shannon.spelling import STATUS, control, error_body, frame, submission, task_body
 
-routes = [*tasks.routes, *streams.routes, *sessions.routes]
+routes = [*tasks.routes, *approvals.routes, *reviews.routes, *streams.routes, *sessions.routes]
 
 __all__ = ["STATUS", "control", "error_body", "frame", "routes", "submission", "task_body"]

@@ -9,14 +9,14 @@ What this file must never do is poll.
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import ClientDisconnect, Request
 
 from app import metrics
 from app.api.shannon.streams import of_task, parse_cursor
 from app.errors import Gone, Invalid, NotFound
-from app.events import Entry, Json
+from app.events import AnyEvent, Entry, Json
 from app.identity import caller
 from app.log import PAGE_ENTRIES, Page
 from app.seam import order
@@ -124,8 +124,12 @@ async def open_history(
 # Waiting
 
 
-async def changed(request: Request, task: str, after: str, seconds: float) -> bool:
-    """Returns when a task has an entry after that cursor or is deleted, or when the time is over.
+Until = Callable[[AnyEvent], bool]
+
+
+async def changed(request: Request, task: str, after: str, seconds: float, until: Until = lambda _: True) -> bool:
+    """Returns when a task has an entry after that cursor, one that `until` wants, or has ended or is deleted; or when
+    the time is over.
 
     False: it may not wait, or not so long. Raises NotFound, Unavailable, TooLarge, ClientDisconnect.
     """
@@ -137,7 +141,7 @@ async def changed(request: Request, task: str, after: str, seconds: float) -> bo
         return False
     visitor = Visitor(lambda: None)
     with streams.holding(visitor, who.key):
-        following = asyncio.create_task(_change(store, who.org, task, after), name="wait")
+        following = asyncio.create_task(_change(store, who.org, task, after, until), name="wait")
         hearing = asyncio.create_task(_hear(request), name="hear")
         try:
             await asyncio.wait(
@@ -157,10 +161,12 @@ async def changed(request: Request, task: str, after: str, seconds: float) -> bo
     return not visitor.leaving.done()
 
 
-async def _change(store: Store, org: str, task: str, after: str) -> None:
+async def _change(store: Store, org: str, task: str, after: str, until: Until) -> None:
     async with store.follow(org, task, after) as pull:
-        async for _ in pull:
-            return
+        async for items in pull:
+            # What is no entry says that the task has ended, or has moved on too far to be followed.
+            if any(until(item.event) if isinstance(item, Entry) else True for item in items):
+                return
 
 
 async def _hear(request: Request) -> None:

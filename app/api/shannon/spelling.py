@@ -9,6 +9,7 @@ It is long because it is one vocabulary: each event is spelled for a stream and 
 difference between the two would show.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
@@ -69,6 +70,15 @@ DEPTH_MAX = 100
 may have had (1,000 levels in all)."""
 TIMEOUT_SECONDS_MAX = 86_400
 """A day: whatever runs longer needs no deadline, but a human."""
+TTL_SECONDS_MAX = 7 * 86_400
+DELAY_SECONDS_MAX = 10 * 365 * 86_400
+"""Ten years; the times that count from then must still fit `events.Seconds`."""
+ATTEMPTS_MAX = 100
+PRIORITY_MAX = 2
+
+_RFC3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,18})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
 
 
 class Request(Struct):
@@ -86,8 +96,15 @@ class Request(Struct):
     max_iterations: int | None = None
     max_concurrent_agents: int | None = None
     enable_verification: bool | None = None
+    # Ours.
     timeout_seconds: float | None = None
-    """Ours: from acceptance to TASK_STATUS_TIMEOUT."""
+    """From `run_at`, or else from acceptance, to TASK_STATUS_TIMEOUT."""
+    ttl_seconds: float | None = None
+    """From the same moment to TASK_STATUS_TIMEOUT of a task that no worker has begun."""
+    run_at: str | None = None
+    """RFC 3339: no worker gets it earlier."""
+    priority: int | None = None
+    max_attempts: int | None = None
 
 
 def submission(
@@ -109,8 +126,8 @@ def submission(
         raise Invalid("Query is required")
     if asked.session_id and not events.ID.fullmatch(asked.session_id):
         raise Invalid("Invalid session_id format")
-    if asked.timeout_seconds is not None and not 1 <= asked.timeout_seconds <= TIMEOUT_SECONDS_MAX:
-        raise Invalid(f"timeout_seconds out of range (1..{TIMEOUT_SECONDS_MAX})")
+    _check(asked)
+    delay = _delay_seconds(asked.run_at) if asked.run_at else 0.0
     context = _context(asked)
     mode = (asked.mode or "").strip().lower() or "simple"
     if mode not in MODES:
@@ -126,10 +143,42 @@ def submission(
         context=context,
         mode=mode,
         trace=trace,
-        deadline_seconds=asked.timeout_seconds or 0,
+        priority=asked.priority or 0,
+        max_attempts=asked.max_attempts or 0,
+        deadline_seconds=asked.timeout_seconds + delay if asked.timeout_seconds else 0,
+        ttl_seconds=asked.ttl_seconds + delay if asked.ttl_seconds else 0,
+        delay_seconds=delay,
         submission=random_id(),
         body_hash=canonical_hash(raw) if idempotency_key else "",
     )
+
+
+def _check(asked: Request) -> None:
+    """The bounds of what is ours. Raises Invalid."""
+    bounds = {
+        "timeout_seconds": (1, TIMEOUT_SECONDS_MAX),
+        "ttl_seconds": (1, TTL_SECONDS_MAX),
+        "priority": (0, PRIORITY_MAX),
+        "max_attempts": (1, ATTEMPTS_MAX),
+    }
+    for name, (least, most) in bounds.items():
+        value = getattr(asked, name)
+        if value is not None and not least <= value <= most:
+            raise Invalid(f"{name} out of range ({least}..{most})")
+
+
+def _delay_seconds(run_at: str) -> float:
+    """From now, by this process's clock: the store's may be a little off. What has passed is now. Raises Invalid."""
+    try:
+        moment = datetime.fromisoformat(run_at.upper()) if _RFC3339.fullmatch(run_at) else None
+    except ValueError:  # the 30th of February
+        moment = None
+    if moment is None:
+        raise Invalid("Invalid run_at (expected RFC 3339 with an offset, such as 2030-01-31T09:00:00Z)")
+    seconds = (moment - datetime.now(UTC)).total_seconds()
+    if seconds > DELAY_SECONDS_MAX:
+        raise Invalid("run_at out of range (at most 10 years ahead)")
+    return max(0.0, seconds)
 
 
 def json_of(body: bytes) -> Any:
@@ -242,6 +291,8 @@ def task_body(task: Task) -> Json:
         "mode": mode_name(task.mode),
         "progress": task.progress,
         "attempt": task.attempt,
+        "max_attempts": task.max_attempts,
+        "children": task.children,
         "last_seq": task.last_seq,
         "last_event_id": task.last_event_id,
     }
@@ -249,6 +300,14 @@ def task_body(task: Task) -> Json:
         body["started_at"] = clock(task.started_at)
     if task.finished_at:
         body["completed_at"] = clock(task.finished_at)
+    if task.parent:
+        body["parent_task_id"] = task.parent
+    if task.status is Status.QUEUED and task.ready_at:
+        body["next_attempt_at"] = clock(task.ready_at)
+    if task.waits.startswith(APPROVAL):
+        body["approval"] = approval(task)
+    if task.review:
+        body["review"] = review(task)
     if task.context:
         body |= {"context": task.context, "metadata": {"task_context": task.context}}
     if task.model:
@@ -288,6 +347,42 @@ def task_item(task: Task) -> Json:
     if task.finished_at:
         item["completed_at"] = clock(task.finished_at)
     return item
+
+
+APPROVAL, REVIEW = "approval:", "review:"
+"""What `Task.waits` begins with."""
+
+
+def approval(task: Task) -> Json:
+    """What a task waits for: a yes or no of a human (§1.10)."""
+    return {
+        "approval_id": task.waits.removeprefix(APPROVAL),
+        "reason": task.request.get("reason", ""),
+        "payload": task.request.get("payload", {}),
+        "requested_at": clock(task.paused_at),
+    }
+
+
+def review(task: Task) -> Json:
+    """How far the plan of a task has come (§1.11)."""
+    return {
+        "status": task.review,
+        "round": task.review_round,
+        "version": task.review_version,
+        "pending": task.waits.startswith(REVIEW),
+    }
+
+
+def waiting_item(task: Task) -> Json:
+    """One row of GET /approvals: a decision that a human has to take. A plan's is taken where the plan is."""
+    item: Json = {"workflow_id": task.id, "task_id": task.id}
+    if task.waits.startswith(APPROVAL):
+        item |= {"kind": "approval", **approval(task)}
+    else:
+        plan = {"round": task.review_round, "version": task.review_version}
+        item |= {"kind": "review", "approval_id": "", "reason": "A plan waits for its review.", "payload": plan}
+        item["requested_at"] = clock(task.paused_at)
+    return item | {"query": task.query, "title": task.title, "session_id": task.session}
 
 
 def response(result: str, result_type: str) -> Json:
@@ -640,6 +735,8 @@ def error_body(error: TaskcastError) -> tuple[int, Json]:
             return 400, {"error": str(error)}
         case errors.Unauthorized():
             return 401, {"error": "Unauthorized"}
+        case errors.Forbidden():
+            return 403, {"error": str(error)}
         case errors.Gone():
             numbers = {"earliest_seq": error.earliest, "latest_seq": error.latest} if error.latest else {}
             return 410, {"error": GAPS.get(error.reason, str(error)), "reason": error.reason, **numbers}
@@ -662,10 +759,17 @@ def error_body(error: TaskcastError) -> tuple[int, Json]:
 
 
 def refused(verb: str, error: Conflict) -> Conflict:
-    """A control's conflict in upstream's words (§1.8): `cannot pause completed task`, `task is already paused`."""
+    """A control's conflict in upstream's words (§1.8): `cannot pause completed task`, `task is already paused`.
+
+    A task that waits for a decision is paused, but not to be resumed: then the store's own sentence says so.
+    """
     status = Status(error.status)
     if status.value in ENDED_WORD:
         return Conflict(f"cannot {verb} {ENDED_WORD[status.value]} task", error.status)
+    if verb == "retry":
+        return Conflict("task has not ended", error.status)
+    if verb == "resume" and status in {Status.PAUSED, Status.HELD}:
+        return error
     return Conflict("task is already paused" if verb == "pause" else "task is not paused", error.status)
 
 

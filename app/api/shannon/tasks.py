@@ -88,6 +88,14 @@ def number(request: Request, name: str, default: int, *, least: int = 0, most: i
     return int(text)
 
 
+def _flag(request: Request, name: str) -> bool:
+    """Raises Invalid."""
+    text = request.query_params.get(name, "").lower()
+    if text not in {"", "true", "false", "1", "0"}:
+        raise Invalid(f"Invalid {name} parameter")
+    return text in {"true", "1"}
+
+
 def idempotency_key(request: Request) -> str:
     """Empty: none was given."""
     key = request.headers.get("idempotency-key")
@@ -181,9 +189,13 @@ async def task_of(request: Request) -> Task:
 async def own_task(request: Request) -> Task:
     """The task that the path names, for a caller who may steer it. Raises NotFound."""
     task = await task_of(request)
-    if task.owner not in {"", caller(request).user}:
+    if not may_steer(caller(request), task):
         raise NotFound("Task not found")
     return task
+
+
+def may_steer(who: Identity, task: Task) -> bool:
+    return task.owner in {"", who.user}
 
 
 async def get(request: Request) -> Response:
@@ -208,7 +220,8 @@ async def get(request: Request) -> Response:
 async def list_tasks(request: Request) -> Response:
     """The organisation's tasks of this owner or of nobody, newest first; ties by id, so that pages are stable (§1.5).
 
-    `last_event_id` is where a stream of the same tasks goes on from this page.
+    `last_event_id` is where a stream of the same tasks goes on from this page. `dead`: those that ended because their
+    attempts were used up, or by an exception that is not tried again. `parent_id`: a task's sub-tasks.
     """
     who = caller(request)
     limit = number(request, "limit", 20, least=1, most=100)
@@ -216,15 +229,28 @@ async def list_tasks(request: Request) -> Response:
     session = request.query_params.get("session_id", "")
     if session and not events.ID.fullmatch(session):
         raise Invalid("Invalid session_id format")
+    parent = request.query_params.get("parent_id", "")
+    if parent and not events.ID.fullmatch(parent):
+        raise Invalid("Invalid parent_id format")
     states = statuses(request.query_params.getlist("status"))
+    if _flag(request, "dead"):
+        if states:
+            raise Invalid("dead=true is a status of its own: leave status out")
+        states = [Status.ERRORED]
+    owners = list(dict.fromkeys(("", who.user)))
+    where: dict[str, list[str]] = {}
+    if agent := request.query_params.get("agent_id", ""):
+        where["agent"] = [agent]
     sources: list[tuple[str, ...]] = []
-    for owner in dict.fromkeys(("", who.user)):
+    if parent:  # the smallest of all these lists
+        sources = [("parent", parent)]
+        where |= {"owner": owners, **({"session": [session]} if session else {})}
+        where |= {"status": [status.value for status in states]} if states else {}
+    for owner in [] if parent else owners:
         place = ("session", f"{owner}:{session}") if session else ("owner", owner)
         sources += [("status", status.value, *place) for status in states] or [place]
     store = store_of(request)
     ends = await store.hub.ends()  # before the list: a stream from there on misses nothing that it shows
-    agent = request.query_params.get("agent_id", "")
-    where = {"agent": [agent]} if agent else None
     found = await store.list(who.org, sources, where=where, offset=offset, limit=limit)
     headers = {"X-Total-Capped": "true"} if found.capped else {}
     body = {"tasks": [task_item(task) for task in found.tasks], "total_count": found.total}
@@ -326,10 +352,17 @@ async def _steer(request: Request, verb: str, event: Callable[[str, str], AnyEve
     key = idempotency_key(request)
     reason = _reason(await read_body(request, CONTROL_BYTES_MAX))
     task = await own_task(request)
-    name = task_id_of(store.partitions.secret, verb, who.user, key) if key else random_id()
-    appended = await store.append(who.org, task.id, event(actor(who), reason), operation=f"{verb}:{name}")
+    appended = await store.append(
+        who.org, task.id, event(actor(who), reason), operation=operation_of(store, who, verb, key)
+    )
     logger.info("task.steered", task_id=task.id, org=who.org, verb=verb, status=appended.status)
     return task, said_before(key) if key and appended.duplicate else {}
+
+
+def operation_of(store: Store, who: Identity, verb: str, key: str, *said: str) -> str:
+    """The name under which the store keeps an outcome: the same for the same idempotency key, if there is one."""
+    name = task_id_of(store.partitions.secret, verb, who.user, key, *said) if key else random_id()
+    return f"{verb}:{name}"
 
 
 def _reason(body: bytes) -> str:
@@ -375,6 +408,44 @@ async def resume(request: Request) -> Response:
     return reply({"success": True, "message": "Resume signal sent", "task_id": task.id}, 202, headers)
 
 
+async def retry(request: Request) -> Response:
+    """Ours: an ended task is tried once more, with all its attempts and as much time as it had."""
+    who, store = caller(request), store_of(request)
+    seconds = await _given_seconds(store, who.org, await own_task(request))
+    try:
+        task, headers = await _steer(
+            request,
+            "retry",
+            lambda by, why: events.Retried(
+                actor=by, message=why or "The task is tried once more.", deadline_seconds=seconds
+            ),
+        )
+    except Conflict as error:
+        raise refused("retry", error) from error
+    return reply({"success": True, "message": "The task is queued again", "task_id": task.id}, 202, headers)
+
+
+async def _given_seconds(store: Store, org: str, task: Task) -> float:
+    """How long the task's latest turn was given when it began; 0: as long as it takes.
+
+    The snapshot knows only when that time was over, and an earlier retry moved that.
+    """
+    if not task.deadline_at:
+        return 0
+    # Of a turn whose beginning is no longer kept: at least what it was given.
+    seconds = (task.deadline_at - task.created_at) / 1_000_000
+    async for entry in (await open_history(store, org, task.id)).entries:
+        match entry.event:
+            case events.Submitted(task=asked):
+                waited = asked.delay_seconds if asked.delay_seconds < asked.deadline_seconds else 0
+                seconds = asked.deadline_seconds - waited
+            case events.Continued() | events.Retried():
+                seconds = entry.event.deadline_seconds
+            case _:
+                pass
+    return seconds
+
+
 async def control_state(request: Request) -> Response:
     """§1.8; texts are never null."""
     task = await own_task(request)
@@ -415,5 +486,6 @@ routes = [
     _route("/{task_id}/cancel", cancel, "POST"),
     _route("/{task_id}/pause", pause, "POST"),
     _route("/{task_id}/resume", resume, "POST"),
+    _route("/{task_id}/retry", retry, "POST"),
     _route("/{task_id}/control-state", control_state, "GET"),
 ]
