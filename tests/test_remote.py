@@ -2,7 +2,9 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -23,12 +25,19 @@ class Canned(ThreadingHTTPServer):
         self.answers: list[Answer] = []
         self.cursors: list[str | None] = []
         """The `Last-Event-ID` of each request."""
+        self.posted: list[tuple[str, str | None, dict[str, object]]] = []
+        """Path, `If-Match` and body of each POST."""
 
     class Handler(BaseHTTPRequestHandler):
         server: "Canned"
 
         def do_GET(self) -> None:
             self.server.cursors.append(self.headers["Last-Event-ID"])
+            self.server.answers.pop(0)(self)
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.server.posted.append((self.path, self.headers["If-Match"], json.loads(body)))
             self.server.answers.pop(0)(self)
 
         def log_message(self, *_: object) -> None: ...
@@ -129,6 +138,102 @@ def test_a_server_elsewhere_needs_a_key_of_its_own() -> None:
     for url in ("http://localhost:1", "http://127.1.2.3:1", "http://[::1]:1"):
         with Api(url, "") as api:
             assert api.http.headers["X-API-Key"] == remote.DEVELOPMENT_KEY
+
+
+# Times
+
+
+def test_times_are_told_in_units() -> None:
+    told = {"90": 90, "90s": 90, "1.5m": 90, "2 h": 7200, "1d": 86_400, "0": 0}
+    assert {text: remote._seconds("--in", text) for text in told} == told
+    for text in ("soon", "-1", "1w", "1e9", "", "1h30m", "9" * 20):
+        with pytest.raises(Problem, match=r"^--in must be a time, such as 90, 90s, 5m, 2h or 1d\.$"):
+            remote._seconds("--in", text)
+
+
+def test_a_moment_without_an_offset_is_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    nine = datetime(2030, 1, 31, 9, tzinfo=UTC)
+    for text in ("2030-01-31T09:00:00Z", "2030-01-31T10:00+01:00"):
+        assert remote._moment(text) == nine
+    monkeypatch.setenv("TZ", "Etc/GMT-2")
+    time.tzset()
+    try:
+        assert remote._moment("2030-01-31T11:00") == nine
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    for text in ("tomorrow", "2030-02-30", "0001-01-01T00:00:00+14:00"):
+        with pytest.raises(Problem, match="--at must be a moment"):
+            remote._moment(text)
+
+
+def test_a_submission_has_only_the_options_that_were_given(server: Canned) -> None:
+    url = f"http://127.0.0.1:{server.server_port}"
+    server.answers = [says(200, {"task_id": "x"})] * 3
+    remote.submit("q", url=url)
+    remote.submit("q", at="2030-01-31T09:00:00Z", ttl="1h", timeout="5m", priority=2, max_attempts=7, url=url)
+    before = datetime.now(UTC)
+    remote.submit("q", in_="90", url=url)
+    bare, full, delayed = [body for _, _, body in server.posted]
+    assert bare == {"query": "q"}
+    assert full == {
+        "query": "q",
+        "run_at": "2030-01-31T09:00:00+00:00",
+        "priority": 2,
+        "max_attempts": 7,
+        "ttl_seconds": 3600,
+        "timeout_seconds": 300,
+    }
+    assert 89 <= (datetime.fromisoformat(str(delayed["run_at"])) - before).total_seconds() <= 100
+    with pytest.raises(Problem, match="contradict"):
+        remote.submit("q", at="2030-01-31T09:00:00Z", in_="90", url=url)
+
+
+# Decisions
+
+
+def test_a_plan_is_approved_or_changed_as_it_was_read(server: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"http://127.0.0.1:{server.server_port}"
+    task = says(200, {"review": {"pending": True, "version": 3}})
+    server.answers = [task, says(200, {"status": "approved"})]
+    remote.approve("x", url=url)
+    server.answers = [task, says(200, {"version": 4, "current_plan": "1.\x1b Ask."})]
+    remote.deny("x", feedback="Shorter.", url=url)
+    server.answers = [task, says(200, {"version": 3, "current_plan": "1. Ask."})]
+    remote.deny("x", feedback="Shorter.", url=url)
+    server.answers = [task, says(200, {"version": 4})]
+    remote.deny("x", feedback="Shorter.", as_json=True, url=url)
+    server.answers = [task]
+    with pytest.raises(Problem, match="say with --feedback what should be different"):
+        remote.deny("x", url=url)
+    feedback = ("/api/v1/tasks/x/review", "3", {"action": "feedback", "message": "Shorter."})
+    assert server.posted == [("/api/v1/tasks/x/review", "3", {"action": "approve"}), *[feedback] * 3]
+    assert capsys.readouterr().out.splitlines() == [
+        "The plan of task x is approved.",
+        "The next plan of task x:",
+        "",
+        "1. Ask.",
+        "The worker of task x makes another plan; `taskcast approvals` shows when it is there.",
+        '{"version":4}',
+    ]
+
+
+def test_a_task_that_waits_for_nothing_cannot_be_decided_about(server: Canned) -> None:
+    url = f"http://127.0.0.1:{server.server_port}"
+    for body in ({}, {"review": {"pending": False, "version": 1}}):
+        server.answers = [says(200, body)]
+        with pytest.raises(Problem, match=r"^Task x waits for no decision\.$") as problem:
+            remote.approve("x", url=url)
+        assert problem.value.code == remote.FAILED
+
+
+def test_a_named_approval_is_not_looked_up(server: Canned, capsys: pytest.CaptureFixture[str]) -> None:
+    url = f"http://127.0.0.1:{server.server_port}"
+    server.answers = [says(200, {"success": True})]
+    remote.deny("x", approval="a", feedback="No.", url=url)
+    body = {"workflow_id": "x", "approval_id": "a", "approved": False, "feedback": "No."}
+    assert server.posted == [("/api/v1/approvals/decision", None, body)]
+    assert capsys.readouterr().out == "Approval a of task x is denied.\n"
 
 
 def followed(api: Api) -> list[str]:

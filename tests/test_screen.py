@@ -63,6 +63,89 @@ def test_ends_have_their_own_words() -> None:
     assert seen(("TASK_RESTATED", {"payload": {"status": "TASK_STATUS_PAUSED"}})).status == "paused"
 
 
+APPROVAL = ("APPROVAL_REQUESTED", {"message": "Needs approval: Deploy?", "payload": {"approval_id": "a"}})
+DECISION = ("APPROVAL_DECISION", {"message": "Approved.", "payload": {"approval_id": "a", "approved": True}})
+LOST = ("ERROR_RECOVERY", {"message": "lost", "payload": {"attempt": 1, "reason": "lease_lost"}})
+PLAN = ("RESEARCH_PLAN_READY", {"message": "1. Ask.", "payload": {"round": 1, "version": 1}})
+DECIDE = "To decide: taskcast approve task_1, or taskcast deny task_1"
+
+
+def test_a_task_that_waits_for_a_human_says_what_to_type() -> None:
+    view = seen(STARTED, APPROVAL)
+    assert (view.status, view.message, view.decide) == ("paused", "Needs approval: Deploy?", DECIDE)
+    view.take(*DECISION)
+    assert (view.status, view.decide) == ("running", "")
+    view = seen(STARTED, PLAN)
+    assert view.decide == f"{DECIDE} --feedback 'what should be different'"
+    view.take("REVIEW_USER_FEEDBACK", {"message": "Shorter."})
+    assert (view.status, view.decide) == ("running", "")
+    view.take("RESEARCH_PLAN_UPDATED", {"message": "1.", "payload": {"round": 2, "version": 2}})
+    assert view.status == "paused"
+    view.take("RESEARCH_PLAN_APPROVED", {"message": "The plan is approved."})
+    assert (view.status, view.decide) == ("running", "")
+    view.take("RESEARCH_PLAN_UPDATED", {"payload": {"steps": []}})  # a worker's own, which waits for nobody
+    assert (view.status, view.decide) == ("running", "")
+    assert seen(STARTED, APPROVAL, ("workflow.cancelled", {"message": "enough"})).decide == ""
+
+
+def test_a_task_whose_worker_left_while_it_waited_still_waits_and_is_queued_then() -> None:
+    view = seen(STARTED, APPROVAL, LOST)
+    assert (view.status, view.decide) == ("paused", DECIDE)
+    view.take(*DECISION)
+    assert view.status == "queued"
+    view.take(*STARTED)
+    assert view.status == "running"
+    view = seen(("workflow.pausing", {"message": "Pausing."}))  # nobody works at it
+    assert view.status == "paused"
+    view.take("workflow.resumed", {"message": "Task resumed."})
+    assert view.status == "queued"
+
+
+def test_a_snapshot_says_what_the_task_waits_for() -> None:
+    paused = {"status": "TASK_STATUS_PAUSED"}
+    view = seen(("gap", {"snapshot": {**paused, "approval": {"approval_id": "a", "reason": "Deploy?"}}}))
+    assert (view.status, view.decide) == ("paused", DECIDE)
+    view = seen(("gap", {"snapshot": {**paused, "review": {"pending": True, "version": 1}}}))
+    assert "--feedback" in view.decide
+    assert seen(("gap", {"snapshot": {**paused, "review": {"pending": False, "version": 1}}})).decide == ""
+
+
+def test_a_retry_says_what_went_wrong_and_when_it_goes_on() -> None:
+    payload = {"attempt": 1, "reason": "requeued", "delay_seconds": 3.0, "error": "Busy\x1b."}
+    again = ("ERROR_RECOVERY", {"message": "The task is queued again.", "payload": payload})
+    assert seen(STARTED, again).message == "attempt 1 failed: Busy.; next in 3 s"
+    assert seen(STARTED, ("workflow.paused", {}), again).message == "attempt 1 failed: Busy."
+    out = io.StringIO()
+    view = View("task_1")
+    lines = Lines(view, Console(file=out, width=40))
+    for event in (STARTED, again, STARTED, APPROVAL, DECISION):
+        view.take(*event)
+        lines.show()
+    assert out.getvalue().splitlines() == [
+        "[running]  Task started.",
+        "[queued]  attempt 1 failed: Busy.; next in 3 s",
+        "[running]  Task started.",
+        "[paused]  Needs approval: Deploy?",
+        f"({DECIDE})",
+        "[running]  Approved.",
+    ]
+
+
+def rendered(view: View) -> list[str]:
+    console = Console(file=io.StringIO(), width=120, height=24, force_terminal=True)
+    lines = console.render_lines(view, console.options, pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in lines]
+
+
+def test_the_live_screen_shows_the_question_and_how_to_answer_it() -> None:
+    assert rendered(seen(STARTED, APPROVAL))[-2:] == ["Needs approval: Deploy?", DECIDE]
+    long = ("RESEARCH_PLAN_READY", {"message": "\n".join(f"{n}. Ask." for n in range(1, 30)), "payload": {}})
+    shown = rendered(seen(STARTED, long))
+    assert shown[-3:-1] == ["10. Ask.", "⋯"]
+    payload = {"attempt": 1, "delay_seconds": 0.5, "error": "Busy."}
+    assert rendered(seen(STARTED, ("ERROR_RECOVERY", {"payload": payload})))[-1].startswith("attempt 1 failed: Busy.")
+
+
 def test_text_cannot_steer_the_terminal() -> None:
     assert seen(delta("a\x1b[2Jb\rc\x9b1md\te\n")).text == "a[2Jbc1md\te\n"
     unseen = [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]  # line breaks and changes of direction

@@ -19,6 +19,9 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 
+from app.settings import Settings
+from app.store import Store, open_store
+
 KEY = "sk_test_123456"
 ROOT = Path(__file__).parents[2]
 TASKCAST = str(Path(sys.executable).with_name("taskcast"))
@@ -173,6 +176,13 @@ def server(folder: Path, worker: Worker) -> Iterator[Server]:
 def api(folder: Path, server: Server) -> Iterator[Api]:
     """Another one on the same data, for a test to stop, to kill and to start again."""
     yield from lifetime(Api("api", folder, TASKCAST_GRACE_SECONDS="2"))
+
+
+@pytest.fixture
+async def shared(folder: Path, server: Server) -> AsyncIterator[Store]:
+    """The server's own store, for a test that is a worker itself: on a queue that nobody else serves."""
+    async with open_store(Settings(data=folder / "data")) as opened:
+        yield opened
 
 
 # What tests ask of an API.

@@ -21,9 +21,12 @@ import pytest
 from msgspec import Struct
 from shannon import Event, ShannonClient, TaskStatus  # type: ignore[import-untyped]
 
-from app import cli, identity, remote
+from app import cli, events, identity, remote
 from app.errors import Misconfigured
 from app.local import settings_of, size_of, without_password
+from app.store import Store
+from tests.api.serving import Attempt
+from tests.api.serving import submit as submit_to
 from tests.system.conftest import KEY, ROOT, TASKCAST, Server, client_of, ended, proxy, running, submit
 from tests.waiting import wait_until
 from workers import model
@@ -185,6 +188,83 @@ async def test_pause_resume_and_delete(server: Server) -> None:
         assert await taskcast(verb, id_, **url) == Ran(5, "", "Task not found.\n")
 
 
+async def test_a_task_that_waits_is_watched_listed_approved_and_denied(server: Server, shared: Store) -> None:
+    url = {"TASKCAST_URL": server.url}
+    id_ = await submit_to(shared, queue="cli-approvals", query="ship it")
+    (claimed,) = await shared.claim(["cli-approvals"], "test", 1)
+    attempt = Attempt(shared, id_, claimed.fence)
+    watching = start("watch", id_, **url)
+    await attempt.say(events.ApprovalRequested(approval="ap1", reason="Deploy to production?"))
+    await watching.says("[paused]  Needs approval: Deploy to production?")
+    await watching.says(f"(To decide: taskcast approve {id_}, or taskcast deny {id_})")
+    got = await taskcast("get", id_, **url)
+    assert re.search(r"^waits for +your approval ap1: Deploy to production\?$", got.out, re.MULTILINE)
+    listed = await taskcast("approvals", **url)
+    head, *rows = listed.out.splitlines()
+    assert head.split() == ["TASK", "ASKED", "APPROVAL", "REASON"]
+    assert [row for row in rows if row.startswith(id_) and row.endswith("ap1       Deploy to production?")]
+    said = await taskcast("approve", id_, "--feedback", "Go.", **url)
+    assert said == Ran(0, f"Approval ap1 of task {id_} is given.\n", "")
+    await watching.says("[running]  Approved.")
+
+    await attempt.say(events.ApprovalRequested(approval="ap2", reason="Really?"))
+    assert (await taskcast("deny", id_, "--json", **url)).out.startswith('{"status":"sent","success":true')
+    late = await taskcast("approve", id_, "--approval", "ap2", **url)
+    assert late == Ran(1, "", "Refused: Approval ap2 was already denied.\n")
+    await attempt.complete()
+    ran = await watching.end()
+    assert (ran.code, ran.err) == (0, "")
+
+
+async def test_a_plan_that_waits_for_its_review_is_shown_and_approved(server: Server, shared: Store) -> None:
+    url = {"TASKCAST_URL": server.url}
+    id_ = await submit_to(shared, queue="cli-plans")
+    (claimed,) = await shared.claim(["cli-plans"], "test", 1)
+    attempt = Attempt(shared, id_, claimed.fence)
+    await attempt.say(events.ReviewRequested(plan="1. Ask.\n2. Tell.", version=1))
+    watching = start("watch", id_, **url)
+    await watching.says("[paused]  1. Ask.\n2. Tell.\n(To decide: ")
+    assert "plan 1    A plan waits for its review." in (await taskcast("approvals", **url)).out
+    assert "your review of its plan 1" in (await taskcast("get", id_, **url)).out
+    assert await taskcast("approve", id_, **url) == Ran(0, f"The plan of task {id_} is approved.\n", "")
+    await attempt.complete()
+    assert (await watching.end()).code == 0
+
+
+async def test_a_dead_task_is_listed_and_tried_again(server: Server, shared: Store) -> None:
+    url = {"TASKCAST_URL": server.url}
+    parent = await submit_to(shared, queue="cli-parent", session="cli-dead")
+    id_ = await submit_to(shared, queue="cli-dead", session="cli-dead", parent=parent)
+
+    async def tried(event: events.AnyEvent) -> None:
+        (claimed,) = await shared.claim(["cli-dead"], "test", 1)
+        await Attempt(shared, id_, claimed.fence).say(event)
+
+    watching = start("watch", id_, **url)
+    await tried(events.Requeued(error="ValueError: busy", delay_seconds=0.1))
+    await watching.says("[queued]  attempt 1 failed: ValueError: busy; next in 0.1 s")
+    late = await taskcast("retry", id_, **url)
+    assert late == Ran(1, "", "Refused: task has not ended.\n")
+
+    async def ready() -> bool:
+        found = await shared.claim(["cli-dead"], "test", 1)
+        for claimed in found:
+            await Attempt(shared, id_, claimed.fence).say(events.Errored(error="ValueError: broken"))
+        return bool(found)
+
+    await wait_until(ready, "the delay is over")
+    assert (await watching.end()).code == 1
+    for words in (("--dead", "--session", "cli-dead"), ("--parent", parent)):
+        found = await taskcast("list", *words, **url)
+        assert [line.split()[:2] for line in found.out.splitlines()[1:]] == [[id_, "failed"]]
+    assert re.search(rf"^parent +{parent}$", (await taskcast("get", id_, **url)).out, re.MULTILINE)
+    assert await taskcast("retry", id_, "--reason", "mended", **url) == Ran(0, f"Task {id_} is queued again.\n", "")
+    none = await taskcast("list", "--dead", "--session", "cli-dead", **url)
+    assert none == Ran(0, "No tasks.\n", "")
+    await tried(events.Completed(result="done"))
+    assert (await taskcast("watch", id_, **url)).code == 0
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -195,6 +275,14 @@ async def test_pause_resume_and_delete(server: Server) -> None:
         ("submit x --mode odd --url URL", "Refused: Invalid mode"),
         ("submit x --context [1] --url URL", "must be a JSON object"),
         ("submit x --context { --url URL", "is not JSON"),
+        ("submit x --in soon --url URL", "--in must be a time"),
+        ("submit x --ttl 1w --url URL", "--ttl must be a time"),
+        ("submit x --at 9 --in 9 --url URL", "contradict"),
+        ("submit x --at tomorrow --url URL", "--at must be a moment"),
+        ("submit x --in 9999d --url URL", "Refused: run_at out of range"),
+        ("submit x --priority 3 --url URL", "--priority must be less than or equal to 2"),
+        ("list --dead --status failed --url URL", "Refused: dead=true is a status of its own"),
+        ("approve ../x --url URL", "is not a task id"),
         ("serve --port 99999", "--port must be a whole number from 0 to 65535, not '99999'."),
         ("serve --port many", "--port must be a whole number from 0 to 65535, not 'many'."),
         ("serve --keep-days -1", "--keep-days must be a number of at least 0, not '-1'."),
@@ -341,6 +429,10 @@ async def test_help_names_the_verbs_and_the_exit_codes() -> None:
         "cancel",
         "pause",
         "resume",
+        "retry",
+        "approve",
+        "deny",
+        "approvals",
         "delete",
         "keys",
         "verify",

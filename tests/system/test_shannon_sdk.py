@@ -8,9 +8,11 @@ import asyncio
 import re
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from pathlib import Path
 
 import httpx
 import pytest
@@ -18,6 +20,10 @@ from shannon import AsyncShannonClient, EventType, ShannonClient, TaskStatusEnum
 from shannon.models import Event, TaskHandle  # type: ignore[import-untyped]
 from websockets.exceptions import InvalidStatus
 
+from app import events
+from app.settings import Settings
+from app.store import Store, open_store
+from tests.api.serving import ORG, Attempt, submit
 from tests.system.conftest import KEY, Api, Server, history, proxy
 from tests.waiting import wait_until
 
@@ -367,6 +373,112 @@ async def test_a_task_is_paused_and_resumed(client: AsyncShannonClient) -> None:
     assert raised.value.code == "409"
 
 
+# Approvals, reviews
+
+
+async def waiting(store: Store, queue: str, event: events.AnyEvent) -> tuple[str, Attempt]:
+    """A task whose worker, which is this test, waits for a human."""
+    id_ = await submit(store, queue=queue, query=QUERY)
+    (claimed,) = await store.claim([queue], "test", 1)
+    attempt = Attempt(store, id_, claimed.fence)
+    await attempt.say(event)
+    return id_, attempt
+
+
+async def replan(store: Store, id_: str, attempt: Attempt) -> None:
+    """The worker's side of a review: once there is feedback, it makes the second plan."""
+
+    async def told() -> bool:
+        found = await store.get(ORG, id_)
+        return found is not None and not found.waits
+
+    await wait_until(told, "the feedback is there")
+    await attempt.say(events.ReviewRequested(plan="1. Ask twice.", version=2, round=2))
+
+
+async def test_an_approval_is_given_and_denied(client: AsyncShannonClient, shared: Store) -> None:
+    asked = events.ApprovalRequested(approval="ap1", reason="Deploy?", payload={"risk": "high"})
+    id_, attempt = await waiting(shared, "sdk-approvals", asked)
+    watching = asyncio.create_task(streamed(client, id_))
+    assert await has_status(client, id_, TaskStatusEnum.PAUSED)
+    assert await client.approve("ap1", id_, feedback="Go.") is True
+    assert await client.approve("ap1", id_) is True  # a repeat
+    with pytest.raises(errors.ConnectionError) as raised:
+        await client.approve("ap1", id_, approved=False)
+    assert raised.value.code == "409"
+    await attempt.say(events.ApprovalRequested(approval="ap2", reason="Really?"))
+    assert await client.approve("ap2", id_, approved=False) is True
+    with pytest.raises(errors.ShannonError) as raised:
+        await client.approve("ap3", id_)
+    assert raised.value.message == "Workflow or approval not found"
+    await attempt.complete()
+    types = [event.type for event in await watching]
+    assert types == [
+        "DATA_PROCESSING",
+        "WORKFLOW_STARTED",
+        *["APPROVAL_REQUESTED", "APPROVAL_DECISION"] * 2,
+        "WORKFLOW_COMPLETED",
+        "done",
+    ]
+    assert (await client.get_status(id_)).status is TaskStatusEnum.COMPLETED
+
+
+async def test_a_plan_is_read_changed_and_approved(client: AsyncShannonClient, shared: Store) -> None:
+    id_, attempt = await waiting(shared, "sdk-reviews", events.ReviewRequested(plan="1. Ask.", version=1))
+    state = await client.get_review_state(id_)
+    assert (state.status, state.round, state.version, state.current_plan, state.query) == (
+        "reviewing",
+        1,
+        1,
+        "1. Ask.",
+        QUERY,
+    )
+    working = asyncio.create_task(replan(shared, id_, attempt))
+    state = await client.submit_review_feedback(id_, "Twice.", version=1)
+    await working
+    assert (state.status, state.round, state.version, state.current_plan) == ("reviewing", 2, 2, "1. Ask twice.")
+    assert [(one.role, one.message) for one in state.rounds] == [
+        ("assistant", "1. Ask."),
+        ("user", "Twice."),
+        ("assistant", "1. Ask twice."),
+    ]
+    assert all(one.timestamp for one in state.rounds)
+    for call in (client.submit_review_feedback(id_, "Thrice.", version=1), client.approve_review(id_, version=1)):
+        with pytest.raises(errors.ValidationError) as raised:
+            await call
+        assert raised.value.code == "409"
+    assert await client.approve_review(id_, version=2) == {"status": "approved", "message": "Research started"}
+    assert (await client.get_review_state(id_)).status == "approved"
+    await attempt.complete()
+    with pytest.raises(errors.TaskNotFoundError):
+        await client.get_review_state("task_that_never_was")
+
+
+def test_the_blocking_client_decides_as_well(blocking: ShannonClient, folder: Path) -> None:
+    approval: Future[str] = Future()
+    plan: Future[str] = Future()
+
+    async def work() -> None:
+        async with open_store(Settings(data=folder / "data")) as store:
+            asked = events.ApprovalRequested(approval="ap1", reason="Deploy?")
+            approval.set_result((await waiting(store, "sdk-blocking-approvals", asked))[0])
+            first = events.ReviewRequested(plan="1. Ask.", version=1)
+            id_, attempt = await waiting(store, "sdk-blocking-reviews", first)
+            plan.set_result(id_)
+            await replan(store, id_, attempt)
+
+    with ThreadPoolExecutor(1) as thread:  # the client's calls block its own
+        working = thread.submit(asyncio.run, work())
+        assert blocking.approve("ap1", approval.result(20), approved=False, feedback="No.") is True
+        id_ = plan.result(20)
+        assert blocking.get_review_state(id_).current_plan == "1. Ask."
+        assert blocking.submit_review_feedback(id_, "Twice.", version=1).current_plan == "1. Ask twice."
+        working.result(20)
+    with pytest.raises(errors.ValidationError):
+        blocking.submit_review_feedback(id_, "Thrice.", version=1)
+    assert blocking.approve_review(id_, version=2)["status"] == "approved"
+
+
 # Sessions
 
 
@@ -435,6 +547,10 @@ async def test_a_wrong_key_and_none_are_authentication_errors(server: Server) ->
                 stranger.get_task_timeline("task_x"),
                 stranger.cancel("task_x"),
                 stranger.get_control_state("task_x"),
+                stranger.approve("ap1", "task_x"),
+                stranger.get_review_state("task_x"),
+                stranger.submit_review_feedback("task_x", "Twice."),
+                stranger.approve_review("task_x"),
                 stranger.list_sessions(),
             ):
                 with pytest.raises(errors.AuthenticationError) as raised:
