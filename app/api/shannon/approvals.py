@@ -39,6 +39,8 @@ from app.store import Store
 logger = structlog.get_logger()
 
 DECISION_BYTES_MAX = 64 * 1024
+APPROVAL_CHARACTERS_MAX = 256
+"""Of an approval's id (`events.Short`): a longer one cannot have been asked for."""
 UNKNOWN = "Workflow or approval not found"
 
 
@@ -102,10 +104,6 @@ def _decision(raw: Any) -> Decision:
     return asked
 
 
-APPROVAL_CHARACTERS_MAX = 256
-"""`events.Short`."""
-
-
 async def _decided(store: Store, org: str, task: str, approval: str, error: Conflict, *, approved: bool) -> None:
     """Returns when this decision was the one that was taken. Raises Conflict, or NotFound: nobody ever asked for it."""
     said: events.AnyEvent | None = None
@@ -127,7 +125,7 @@ async def _decided(store: Store, org: str, task: str, approval: str, error: Conf
 
 
 async def waiting(request: Request) -> Response:
-    """Ours: what the callers's tasks, and nobody's, wait for, in the order of the task list."""
+    """Ours: what the caller's tasks, and nobody's, wait for, in the order of the task list."""
     who = caller(request)
     limit = number(request, "limit", 20, least=1, most=100)
     offset = number(request, "offset", 0)
