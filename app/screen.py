@@ -124,7 +124,7 @@ class View:
         if not event.startswith("thread.") and data.get("message"):
             self.message = clean(data["message"])
         if event == "ERROR_RECOVERY" and payload.get("error"):
-            again = f"; next in {payload.get('delay_seconds') or 0:g} s" if self.status == "queued" else ""
+            again = f"; next in {round(payload.get('delay_seconds') or 0, 1):g} s" if self.status == "queued" else ""
             self.message = f"attempt {payload.get('attempt')} failed: {clean(payload['error'])}{again}"
 
     def _pause(self, event: str, before: str, payload: Json) -> None:
