@@ -147,8 +147,8 @@ PAUSE = ("paused_at", "pause_reason", "paused_by", "waits", "request")
 
 ATTEMPT = ("progress", "ready_at")
 """What one attempt leaves that the next one must not find."""
-ATTEMPTS = (*ATTEMPT, "refunds")
-"""What all attempts of a turn leave that the next turn must not find."""
+ATTEMPTS = (*ATTEMPT, "refunds", "plan", "review", "review_round")
+"""What all attempts of a turn leave that the next turn, or an explicit retry, must not find."""
 MAX_ATTEMPTS = 3
 """Of a task of which neither its submission nor its worker's function says how many."""
 
@@ -223,7 +223,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             return Change(
                 set={name: value for name, value in fields.items() if value},
                 add={"turn": 1},
-                clear=("started_at", "checkpoint", "internal_status", "plan", "review", "review_round", *ATTEMPTS),
+                clear=("started_at", "checkpoint", "internal_status", *ATTEMPTS),
                 later=_times(deadline=event.deadline_seconds),
                 text="clear",
                 due="set" if event.deadline_seconds else "",

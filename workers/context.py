@@ -75,6 +75,8 @@ class Context:
         """What an earlier attempt gave to `checkpoint` when it was paused; {} when none was."""
         self.final_text: str | None = None
         """The last text that was finished as the task's answer; None: none yet."""
+        self._series = task.fence - task.attempt
+        """The same for all attempts of a turn, until somebody asks for a retry."""
         self._attempt = attempt
         self._usage: Usage | None = None
         self._began = time.monotonic()
@@ -290,8 +292,8 @@ class Context:
             # Somebody set the task going without an answer: the question still stands.
 
     def _name(self, kind: str, *what: Any) -> str:
-        """Of a question: the same in each attempt of this turn that asks the same for as many times."""
-        asked = msgspec.json.encode([self.task.id, self.task.turn, kind, *what], order="deterministic")
+        """Of a question: the same in each attempt that asks the same for as many times."""
+        asked = msgspec.json.encode([self.task.id, self._series, kind, *what], order="deterministic")
         digest = hashlib.blake2b(asked, digest_size=10).hexdigest()
         self._asked[digest] = times = self._asked.get(digest, 0) + 1
         return f"{kind}_{digest}" if times == 1 else f"{kind}_{digest}_{times}"
@@ -348,13 +350,13 @@ class Context:
         """Makes a sub-task: of the same owner and session, cancelled together with this one.
 
         `agent` waits on its own queue, `agent:<name>`, unless another is named; without either it waits on `default`.
-        The same `key` again, in a later attempt too, is the same sub-task. A handler that waits for its children holds
+        The same `key` again, in a later attempt too, is the same sub-task, unless the task itself was retried. A handler that waits for its children holds
         its slot: let them wait on a queue of their own, or give the worker more slots.
         """
         task, attempt = self.task, self._attempt
         if key:
             secret = attempt.store.partitions.secret
-            id_ = "task_" + task_id_of(secret, task.org, task.id, str(task.turn), key)
+            id_ = "task_" + task_id_of(secret, task.org, task.id, str(self._series), key)
             found = await self._unless_over(attempt.insist(lambda: attempt.store.get(task.org, id_)))
             if found and found.parent == task.id:
                 return Child(self, id_)
