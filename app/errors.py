@@ -4,7 +4,7 @@
     ├── Invalid            the request itself is wrong
     │   └── TooLarge       a stated limit is exceeded
     ├── Unauthorized       no key, or one that nobody knows
-    ├── Forbidden          a task that the caller may read, but not decide about
+    ├── Forbidden          a good key, but not for this
     ├── Gone               a cursor's events are not kept any more, and the caller wants no less than all
     ├── NotFound           no such task here, or one of another organisation
     ├── Conflict           right request, wrong moment: the transition table refuses it

@@ -123,6 +123,8 @@ class Started(Event, frozen=True, kw_only=True, tag="started"):
     worker: Short
     max_attempts: Annotated[int, Meta(ge=0, le=100)] = 0
     """Of the worker's function; counts when the task itself named none."""
+    lease_seconds: Seconds = 0
+    """What this claim asked for, and its renewals keep; 0: as the store's settings say."""
 
 
 class PauseAsked(Event, frozen=True, kw_only=True, tag="pause_asked"):
@@ -353,7 +355,7 @@ def encode(event: AnyEvent) -> bytes:
             raise TooLarge(f"The result has {size} bytes; at most {RESULT_BYTES_MAX} are allowed.")
     if isinstance(event, Submitted | ChildSubmitted):
         _check_times(event.task)
-    if raw.count(b"[") + raw.count(b"{") > DEPTH_MAX and _depth(raw) > DEPTH_MAX:
+    if raw.count(b"[") + raw.count(b"{") > DEPTH_MAX and depth(raw) > DEPTH_MAX:
         raise Invalid(f"The event is nested deeper than {DEPTH_MAX} levels.")
     decode(raw)  # msgspec checks bounds and patterns only when it decodes
     return raw
@@ -365,15 +367,15 @@ def _check_times(task: Submission) -> None:
             raise Invalid(f"The task could never start: its {name} ({limit:g} s) ends before its delay does.")
 
 
-def _depth(raw: bytes) -> int:
+def depth(raw: bytes) -> int:
     """Of JSON: brackets inside strings do not count."""
-    depth = deepest = 0
+    level = deepest = 0
     for bracket in re.sub(rb'"(?:[^"\\]|\\.)*"', b"", raw):
         if bracket in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
+            level += 1
+            deepest = max(deepest, level)
         elif bracket in b"]}":
-            depth -= 1
+            level -= 1
     return deepest
 
 

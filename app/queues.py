@@ -10,7 +10,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import structlog
 from msgspec import Struct
@@ -51,6 +51,17 @@ class Claimed(Struct, eq=False):
     """As it stood right after its start."""
 
 
+class Lease(Protocol):
+    """What a renewal has to know of a claim."""
+
+    org: str
+    task: str
+    fence: int
+
+
+L = TypeVar("L", bound=Lease)
+
+
 class Queues:
     def __init__(self, door: Door, partitions: Partitions, settings: Settings, log: Log) -> None:
         self.door = door
@@ -74,20 +85,30 @@ class Queues:
 
         `queues` may say how many attempts a task gets there that names no number itself (0: 3). `org`: only of that
         organisation. `claim`: a random name; the same one again, within 60 s, gets the same tasks.
+        `lease_seconds` holds for the renewals, too; 0: as the settings say.
         """
-        claimed: list[Claimed] = []
         attempts = queues if isinstance(queues, Mapping) else dict.fromkeys(queues, 0)
-        started = {queue: _started(worker, count) for queue, count in attempts.items()}
+        started = {queue: _started(worker, count, lease_seconds) for queue, count in attempts.items()}
         # Callers choose such names: nobody may meet another one's claim.
-        claim = f"{org}:{worker}:{claim or secrets.token_hex(16)}"
+        name = f"{org}:{worker}:{claim or secrets.token_hex(16)}"
         lease_ms = round(lease_seconds * 1000) or self.lease_ms
+        # What a repeated call was given stands in any partition: none may hand out new tasks before all have told.
+        if claim and len(self.partitions.tags) > 1 and (known := await self._claim(name, started, 0, lease_ms, org)):
+            return known
+        return await self._claim(name, started, free, lease_ms, org)
+
+    async def _claim(
+        self, claim: str, started: Mapping[str, tuple[bytes, bytes]], free: int, lease_ms: int, org: str
+    ) -> list[Claimed]:
+        """`free` 0: only what this claim was given before."""
+        claimed: list[Claimed] = []
         # Each call begins at another partition, so that none starves.
         tags = self.partitions.tags
         self._turn = (self._turn + 1) % len(tags)
         for tag in tags[self._turn :] + tags[: self._turn]:
-            if len(claimed) == free:
+            if free and len(claimed) == free:
                 break
-            args: list[Arg] = [keys.prefix(tag), self._limits, claim, free - len(claimed), lease_ms, org]
+            args: list[Arg] = [keys.prefix(tag), self._limits, claim, max(0, free - len(claimed)), lease_ms, org]
             for queue, said in started.items():
                 args += [queue, *said]
             try:
@@ -103,14 +124,17 @@ class Queues:
                     claimed.append(Claimed(org_.decode(), id_.decode(), int(fence), task(fields)))
         return claimed
 
-    async def renew(self, held: Sequence[Claimed]) -> dict[Claimed, str]:
-        """Each lease's task → its status; empty: the lease is lost and its handler must stop."""
-        answer: dict[Claimed, str] = {}
-        by_tag: dict[str, list[Claimed]] = {}
+    async def renew(self, held: Sequence[L], *, lease_seconds: float = 0) -> dict[L, str]:
+        """Each lease's task → its status; empty: the lease is lost and its handler must stop.
+
+        `lease_seconds`: for this time only; 0: as each claim asked for.
+        """
+        answer: dict[L, str] = {}
+        by_tag: dict[str, list[L]] = {}
         for one in held:
             by_tag.setdefault(self.partitions.tag(one.org, one.task), []).append(one)
         for tag, leases in by_tag.items():
-            args: list[Arg] = [keys.prefix(tag), self._limits, self.lease_ms]
+            args: list[Arg] = [keys.prefix(tag), self._limits, self.lease_ms, round(lease_seconds * 1000)]
             args += [word for one in leases for word in (one.org, one.task, one.fence)]
             raw = await self.door.run("renew", [keys.key(tag, "leases")], args, repeat=True)
             answer |= {one: status.decode() for one, status in zip(leases, raw, strict=True)}
@@ -290,9 +314,15 @@ class Queues:
 
 
 @lru_cache
-def _started(worker: str, max_attempts: int) -> tuple[bytes, bytes]:
+def _started(worker: str, max_attempts: int, lease_seconds: float) -> tuple[bytes, bytes]:
     """A worker's `started`, and its rows: the same for all tasks of a queue."""
-    event = events.Started(actor=f"worker:{worker}", message="Task started.", worker=worker, max_attempts=max_attempts)
+    event = events.Started(
+        actor=f"worker:{worker}",
+        message="Task started.",
+        worker=worker,
+        max_attempts=max_attempts,
+        lease_seconds=lease_seconds,
+    )
     return events.encode(event), rows(event)
 
 

@@ -190,7 +190,7 @@ def _change(event: AnyEvent, before: Status, after: Status) -> Change:
     if after is QUEUED:
         stamp.append("queued_at")
     if before in LEASED and after not in LEASED:
-        clear.append("worker")
+        clear += ["worker", "lease_ms"]
     begins = before in {QUEUED, HELD} and after in LEASED
     if begins:
         clear.append("expires_at")
@@ -237,8 +237,9 @@ def _effects(event: AnyEvent, before: Status) -> Change:
                 due="set" if event.deadline_seconds else "",
             )
         case events.Started():
+            lease = {"lease_ms": str(round(event.lease_seconds * 1000))} if event.lease_seconds else {}
             return Change(
-                set={"worker": event.worker, "n": "0"},
+                set={"worker": event.worker, "n": "0", **lease},
                 fill={"max_attempts": str(event.max_attempts)} if event.max_attempts else {},
                 add={"fence": 1, "attempt": 1},
                 stamp=("started_at",),
@@ -520,6 +521,8 @@ class Task(Struct, frozen=True, kw_only=True):
     body_hash: str = ""
     internal_status: str = ""
     worker: str = ""
+    lease_ms: int = 0
+    """What its worker asked for; 0: as the store's settings say."""
     priority: int = 0
     turn: int = 1
     attempt: int = 0

@@ -700,6 +700,7 @@ def test_every_error_of_the_tree_has_a_status_and_a_sentence() -> None:
         errors.Unauthorized: 401,
         errors.Forbidden: 403,
         errors.Gone: 410,
+        errors.Forbidden: 403,
         errors.NotFound: 404,
         errors.Conflict: 409,
         errors.Stale: 409,
