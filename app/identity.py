@@ -13,7 +13,7 @@ import re
 import secrets
 import string
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 from msgspec import Struct
@@ -22,7 +22,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import keys
-from app.errors import Invalid, NotFound, TaskcastError, Unauthorized
+from app.errors import Forbidden, Invalid, NotFound, TaskcastError, Unauthorized
 from app.settings import Settings
 from app.store import Store
 
@@ -34,6 +34,9 @@ CACHE_SECONDS = 10.0
 """A revoked key works in other processes for so long."""
 CACHE_MAX = 10_000
 NAME_CHARACTERS_MAX = 100
+QUEUES_MAX = 100
+"""That a worker's key may name."""
+QUEUE_CHARACTERS_MAX = 256
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 """Organisations and users: no colon and no slash, which separate the parts of keys in the store."""
@@ -41,7 +44,7 @@ _ALPHABET = string.ascii_letters + string.digits
 _QUERY_KEY_PATH = re.compile(r"/api/v1/(stream/[a-z]+|tasks/[^/]+/stream)")
 """A native EventSource cannot send headers (Shannon's contract §2.1)."""
 _CALLER = "taskcast.caller"
-_ASKING = ("/api/", "/v1/")
+_ASKING = ("/api/", "/v1/", "/worker/")
 """Paths below which somebody may ask who is calling; health and metrics must answer while the store is away."""
 
 
@@ -51,6 +54,10 @@ class Identity(Struct, frozen=True):
     """Empty: the organisation's key, nobody's in particular."""
     key: str
     """The key's public id."""
+    worker: bool = False
+    """It may claim tasks and work on them, and nothing else."""
+    queues: frozenset[str] = frozenset()
+    """A worker's: where it may; empty: everywhere."""
 
 
 DEVELOPMENT = "development"
@@ -66,6 +73,9 @@ class Key(Struct, frozen=True, kw_only=True):
     name: str
     created_at: int
     """µs since 1970."""
+    worker: bool = False
+    queues: tuple[str, ...] = ()
+    """As of `Identity`."""
 
 
 class Identities:
@@ -89,21 +99,32 @@ class Identities:
             # Not kept: unknown keys are without number, and one made a moment ago must work.
             self._cache.pop(digest, None)
             raise Unauthorized("Unauthorized")
-        found = Identity(fields["org"], fields.get("user", ""), public_id(digest))
+        shown = _key(public_id(digest), fields)
+        found = Identity(shown.org, shown.user, shown.id, shown.worker, frozenset(shown.queues))
         if len(self._cache) >= CACHE_MAX:
             self._cache.clear()
         self._cache[digest] = time.monotonic() + CACHE_SECONDS, found
         return found
 
-    async def create(self, org: str, user: str, name: str) -> str:
+    async def create(self, org: str, user: str, name: str, *, worker: bool = False, queues: Sequence[str] = ()) -> str:
         """The new key: shown once, for only its hash is kept. `user` may be empty. Raises Invalid."""
         for what, value in (("organisation", org), ("user", user)):
             if not _NAME.fullmatch(value) and (value or what == "organisation"):
                 raise Invalid(f"The {what} must have 1 to 64 of the characters A-Z a-z 0-9 _ . -")
         if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
             raise Invalid(f"The name must have at most {NAME_CHARACTERS_MAX} printable characters.")
+        queues = [*dict.fromkeys(queues)]
+        if queues and not worker:
+            raise Invalid("Only a worker's key names queues.")
+        if len(queues) > QUEUES_MAX or not all(_queue_name(queue) for queue in queues):
+            raise Invalid(
+                f"A worker's key names at most {QUEUES_MAX} queues, each of 1 to {QUEUE_CHARACTERS_MAX} printable "
+                "characters without a comma."
+            )
         api_key = "sk_" + "".join(secrets.choice(_ALPHABET) for _ in range(32))
         fields = {"org": org, "user": user, "name": name, "created_at": str(time.time_ns() // 1000)}
+        if worker:
+            fields |= {"scope": "worker", "queues": ",".join(queues)}
         words = [word for pair in fields.items() for word in pair]
         await self._door.call("HSET", self._place(hashed(api_key)), *words, repeat=True)
         return api_key
@@ -147,7 +168,13 @@ def _key(id_: str, fields: Mapping[str, str]) -> Key:
         user=fields.get("user", ""),
         name=fields.get("name", ""),
         created_at=int(fields.get("created_at", "0")),
+        worker=fields.get("scope") == "worker",
+        queues=tuple(queue for queue in fields.get("queues", "").split(",") if queue),
     )
+
+
+def _queue_name(text: str) -> bool:
+    return bool(text) and len(text) <= QUEUE_CHARACTERS_MAX and text.isprintable() and "," not in text
 
 
 def _text(raw: Mapping[bytes, bytes] | list[bytes]) -> dict[str, str]:
@@ -232,7 +259,22 @@ def from_this_machine(headers: Headers) -> bool:
 
 
 def caller(request: HTTPConnection) -> Identity:
-    """Who asks. Raises Unauthorized, or Unavailable when the store could not tell."""
+    """Who asks. Raises Unauthorized, Forbidden, or Unavailable when the store could not tell."""
+    found = _known(request)
+    if found.worker:
+        raise Forbidden("This key is a worker's: it may use /worker/v1 only.")
+    return found
+
+
+def worker(request: HTTPConnection) -> Identity:
+    """Who works: a worker's key, or the development key. Raises as `caller`."""
+    found = _known(request)
+    if not found.worker and found.key != DEVELOPMENT:
+        raise Forbidden("This key is no worker's: `taskcast keys create --worker` makes one.")
+    return found
+
+
+def _known(request: HTTPConnection) -> Identity:
     found: Identity | TaskcastError = request.scope.get(_CALLER) or Unauthorized("Unauthorized")
     if isinstance(found, TaskcastError):
         raise found

@@ -343,9 +343,13 @@ def worker(
     """Run the workers of a module on the same store. Ctrl-C lets their tasks end, then stops."""
     settings = settings_of(data=data, redis_url=redis)
     configure_logs()
-    served = [queue.strip() for queue in queues.split(",") if queue.strip()]
+    served = _split(queues)
     with suppress(asyncio.CancelledError):  # told to stop while the store opened: nothing had begun
         run(_work(settings, modules, served, slots), fast=True)
+
+
+def _split(queues: str) -> list[str]:
+    return [queue.strip() for queue in queues.split(",") if queue.strip()]
 
 
 async def _work(settings: Settings, modules: Sequence[str], queues: Sequence[str], slots: int) -> None:
@@ -370,13 +374,18 @@ def create(
     name: Annotated[str, Option(help="What it is for.")] = "",
     org: Annotated[str, Option(help="Organisation: who sees whose tasks.")] = DEVELOPMENT_ORG,
     user: Annotated[str, Option(help="User: whose tasks they are; empty: nobody's.")] = DEVELOPMENT_USER,
+    worker: Annotated[bool, Option("--worker", help="For workers over HTTP, and for nothing else.")] = False,
+    queues: Annotated[str, Option(help="With --worker: only these, with commas; all when absent.")] = "",
     data: Data = None,
     redis: RedisUrl = None,
 ) -> None:
     """Make a key and print it. It is shown once: the store keeps only its hash."""
+    if queues and not worker:
+        raise Misconfigured("--queues needs --worker: other keys do not work on queues.")
 
     async def main(store: Store) -> str:
-        return await Identities(store, store.settings).create(org, user, name)
+        named = _split(queues)
+        return await Identities(store, store.settings).create(org, user, name, worker=worker, queues=named)
 
     settings = settings_of(data=data, redis_url=redis)
     _say_if_new(settings)
@@ -397,8 +406,12 @@ def list_keys(data: Data = None, redis: RedisUrl = None) -> None:
     if not found:
         sys.stdout.write("There are no keys. `taskcast keys create` makes one.\n")
         return
-    rows = [[key.id, _local(key.created_at), key.org, key.user, key.name] for key in found]
-    print_columns(Console(), ("ID", "CREATED", "ORGANISATION", "USER", "NAME"), rows)
+    rows = [[key.id, _local(key.created_at), _scope(key), key.org, key.user, key.name] for key in found]
+    print_columns(Console(), ("ID", "CREATED", "FOR", "ORGANISATION", "USER", "NAME"), rows)
+
+
+def _scope(key: Key) -> str:
+    return f"work on {', '.join(key.queues) or 'all queues'}" if key.worker else "tasks"
 
 
 @keys_cli.command()

@@ -57,6 +57,31 @@ async def test_names_that_could_meet_another_key_are_refused(
         await identities.create(org, user, name)
 
 
+async def test_a_key_may_be_a_workers_for_all_queues_or_some(identities: Identities) -> None:
+    plain = await identities.of(await identities.create("acme", "ann", ""))
+    everywhere = await identities.of(await identities.create("acme", "ann", "", worker=True))
+    some = await identities.of(await identities.create("acme", "ann", "", worker=True, queues=["a", "agent:b", "a"]))
+    assert [(who.worker, who.queues) for who in (plain, everywhere, some)] == [
+        (False, frozenset()),
+        (True, frozenset()),
+        (True, frozenset({"a", "agent:b"})),
+    ]
+    assert [(key.worker, key.queues) for key in await identities.list()] == [
+        (False, ()),
+        (True, ()),
+        (True, ("a", "agent:b")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("worker", "queues"),
+    [(False, ["a"]), (True, [""]), (True, ["a,b"]), (True, ["x" * 257]), (True, ["a\n"]), (True, map(str, range(101)))],
+)
+async def test_a_key_that_cannot_be_meant_is_refused(identities: Identities, worker: bool, queues: Any) -> None:
+    with pytest.raises(Invalid):
+        await identities.create("acme", "ann", "", worker=worker, queues=list(queues))
+
+
 async def test_the_store_never_holds_a_key(store: Store, identities: Identities) -> None:
     key = await identities.create("acme", "ann", "laptop")
     (place,) = await store.door.read("KEYS", "*:key:*")

@@ -733,6 +733,21 @@ async def test_keys_are_made_listed_and_revoked(server: Server, folder: Path) ->
     assert (await taskcast("keys", "create", "--org", "a/b", *data)).code == 2
 
 
+async def test_a_workers_key_says_what_it_is_for(server: Server, folder: Path) -> None:
+    data = ("--data", str(folder / "data"))
+    key = (await taskcast("keys", "create", *data, "--worker", "--queues", "a, b", "--name", "for-a-and-b")).out.strip()
+    everywhere = await taskcast("keys", "create", *data, "--worker", "--name", "for-all")
+    assert everywhere.code == 0
+    lines = {line.split()[-1]: line for line in (await taskcast("keys", "list", *data)).out.splitlines()}
+    assert " work on a, b " in lines["for-a-and-b"]
+    assert " work on all queues " in lines["for-all"]
+    refused = await taskcast("list", TASKCAST_URL=server.url, TASKCAST_KEY=key)
+    assert refused.code == 2
+    assert "This key is a worker's" in refused.err
+    for wrong in (["--queues", "a"], ["--worker", "--queues", "a\x07"]):
+        assert (await taskcast("keys", "create", *data, *wrong)).code == 2
+
+
 async def test_verify_finds_what_differs_and_rebuild_mends_it_when_nobody_else_is_there(tmp_path: Path) -> None:
     data = ("--data", str(tmp_path / "data"))
     async with serving(tmp_path) as served:
