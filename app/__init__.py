@@ -14,7 +14,7 @@ The log is the truth; a snapshot is its fold. Imports point one way, and a test 
     leaves   keys settings metrics
     Redis    embedded connect log snapshots queues seam hub
     store                                    above it nobody says Redis, below it nobody says HTTP
-    HTTP     identity frames streams direct sse api ops
+    HTTP     identity claims frames streams direct sse api ops
     edge     edge protocol server                     the application and its process
              cli local remote screen supervisor
 """

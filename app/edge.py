@@ -16,9 +16,9 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
-from app.api import shannon
+from app.api import shannon, workers
 from app.errors import Full, Stale, TaskcastError, TooLarge, Unauthorized, Unavailable
-from app.streams import Aborted
+from app.streams import WAITS, Aborted
 
 logger = structlog.get_logger()
 
@@ -62,7 +62,7 @@ class Trace:
             seconds = time.perf_counter() - began
             route, method = getattr(scope.get("route"), "path", "none"), scope.get("method", "WEBSOCKET")
             metrics.REQUESTS.labels(route, method, status).inc()
-            if not streaming:
+            if not (streaming or WAITS in scope):
                 metrics.REQUEST_SECONDS.labels(route).observe(seconds)
             told = {"method": method, "path": scope["path"], "status": status, "ms": round(seconds * 1000, 1)}
             # What only looks is counted in the metrics; a line each would hide the decisions among them.
@@ -167,7 +167,7 @@ class Bounded:
             return await self._app(scope, receive, send)
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced) > BODY_BYTES_MAX:
-            return await respond(_too_large())(scope, receive, send)
+            return await respond(_too_large(), scope["path"])(scope, receive, send)
         size = 0
 
         async def bounded() -> Message:
@@ -188,9 +188,10 @@ def _too_large() -> TooLarge:
 # Errors
 
 
-def respond(error: TaskcastError) -> Response:
-    """The error, as Shannon spells it."""
-    status, body = shannon.error_body(error)
+def respond(error: TaskcastError, path: str = "") -> Response:
+    """The error, as those spell it to whom the path belongs: the workers' API, else Shannon."""
+    error_body = workers.error_body if path.startswith(f"{workers.PREFIX}/") else shannon.error_body
+    status, body = error_body(error)
     headers = next((headers for kind, headers in _HEADERS.items() if isinstance(error, kind)), None)
     return JSONResponse(body, status, headers)
 
@@ -210,7 +211,7 @@ async def task_error(request: HTTPConnection, error: Exception) -> Response:
     if isinstance(error, Unavailable):
         metrics.STORE_ERRORS.labels(error.code).inc()
         logger.warning("store.unavailable", path=request.scope["path"], reason=str(error))
-    return respond(error)
+    return respond(error, request.scope["path"])
 
 
 async def http_error(request: HTTPConnection, error: Exception) -> Response:

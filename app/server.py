@@ -33,7 +33,8 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from app import __version__, metrics, ops
-from app.api import shannon
+from app.api import shannon, workers
+from app.claims import Claims
 from app.edge import Bounded, Cors, Trace, Unforeseen, http_error, not_found, task_error
 from app.errors import Misconfigured, TaskcastError, Unavailable
 from app.identity import DEVELOPMENT_KEY, Authentication, Identities
@@ -60,8 +61,8 @@ Ready = Callable[[str], None]
 
 
 def create_app(store: Store, settings: Settings, *, identities: Identities, streams: Streams) -> Starlette:
-    """The application over an open store. Its state has what routes need: `store settings identities streams`."""
-    routes: list[BaseRoute] = [*shannon.routes, *ops.routes]
+    """The application over an open store. Its state has what routes need: `store settings identities streams claims`."""
+    routes: list[BaseRoute] = [*shannon.routes, *workers.routes, *ops.routes]
     page = files("app") / "page.html"
     if page.is_file():
         routes.append(Route("/", _page(page.read_text(encoding="utf-8"))))
@@ -81,6 +82,7 @@ def create_app(store: Store, settings: Settings, *, identities: Identities, stre
     app.router.default = not_found
     app.state.store, app.state.settings = store, settings
     app.state.identities, app.state.streams = identities, streams
+    app.state.claims = Claims(store)
     return app
 
 
@@ -235,6 +237,8 @@ async def serving(store: Store, settings: Settings, sock: socket.socket) -> Asyn
         try:
             await running
         finally:
+            if watching := app.state.claims.task:
+                chores.append(watching)
             for chore in chores:
                 chore.cancel()
                 await asyncio.wait([chore])

@@ -20,6 +20,8 @@ logger = structlog.get_logger()
 
 WIRE = "taskcast.wire"
 """The ASGI extension under which our server lends a stream its connection."""
+WAITS = "taskcast.waits"
+"""In the scope of a request that waits, if its query does not say so."""
 CHUNK_BYTES = 64 * 1024
 """Frames of one page are sent together up to this size; uvicorn's own mark for a full buffer."""
 STALLED_SECONDS = 30.0

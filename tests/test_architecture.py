@@ -14,6 +14,7 @@ LAYERS = [
     {
         "app.identity",
         "app.limits",
+        "app.claims",
         "app.frames",
         "app.streams",
         "app.direct",
