@@ -14,7 +14,7 @@ from msgspec import Struct
 from starlette.routing import Route, WebSocketRoute
 
 from app import ops, remote
-from app.api import shannon
+from app.api import shannon, workers
 from app.api.shannon import STATUS
 from app.identity import DEVELOPMENT_KEY
 from app.settings import Settings
@@ -94,8 +94,15 @@ def test_exit_codes_are_those_of_the_command() -> None:
         assert word in table[str(code)]
 
 
+def test_every_call_of_a_worker_is_told_and_every_type_of_event() -> None:
+    told = set(re.findall(r"^\| `(GET|POST) (/worker/v1\S*)`", README, re.MULTILINE))
+    assert told == {(method, route.path) for route in workers.routes for method in (route.methods or set()) - {"HEAD"}}
+    (types,) = re.findall(r" Types: (.*) \|$", README, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", types)) - {"name"} == set(workers.TYPES)
+
+
 def test_local_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(((?!http)[^)]+)\)", README)
+    links = re.findall(r"\]\(((?!http|#)[^)]+)\)", README)
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
