@@ -2,8 +2,9 @@
 random while tasks run, Valkey killed and restarted; then every promise of the README is checked (`chaos_checks.py`).
 
 What is hit, in which order, for how long and after how many accepted tasks follows from the seed; what the victims are
-doing at that moment does not. A worker that is stopped for longer than its lease goes on afterwards, as one does whose
-machine was asleep. The store syncs each write to disk (`--fsync always`) unless told otherwise.
+doing at that moment does not, and who is being hit already is spared for the next one of its kind. A worker that is
+stopped for longer than its lease goes on afterwards, as one does whose machine was asleep. The store syncs each write to
+disk (`--fsync always`) unless told otherwise.
 """
 
 import argparse
@@ -324,11 +325,11 @@ class Run:
         if blow.kind == "Valkey":
             await self.hit_valkey(blow)
             return
-        free = [one for one in self.processes if one.kind == blow.kind and not one.busy and one.code is None]
-        while not free:
+        all_ = [one for one in self.processes if one.kind == blow.kind]
+        place = int(blow.victim * len(all_))
+        while not (free := [one for one in all_[place:] + all_[:place] if not one.busy and one.code is None]):
             await asyncio.sleep(0.05)
-            free = [one for one in self.processes if one.kind == blow.kind and not one.busy and one.code is None]
-        victim = free[int(blow.victim * len(free))]
+        victim = free[0]
         victim.busy = True
         self.done[f"{blow.kind} {blow.how}"] += 1
         task = asyncio.create_task(self._hit(victim, blow))
