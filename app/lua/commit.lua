@@ -90,6 +90,13 @@ local function touch(kind, name)
   if found ~= kind and found ~= 'none' then error({ err = 'WRONGTYPE ' .. name .. ' is a ' .. found }) end
 end
 
+-- Sorted sets, all in one call, for each call costs more than what it does: the intersection with a set that never is
+-- looks at the type of each key, and at no member.
+local function touch_sets(names)
+  names[#names + 1] = key('none')
+  redis.call('ZINTERCARD', #names, unpack(names))
+end
+
 -- When the ticker has to look at the task: the earlier of its two deadlines, or nil.
 local function due_of(fields)
   local deadline, expiry = tonumber(fields.deadline_at), tonumber(fields.expires_at)
@@ -126,10 +133,9 @@ local function prepare(plan)
   plan.moved = after.status ~= before.status
   plan.mark = redis.call('HMGET', plan.next, 'last_seq', 'size', 'last_event_id')
 
+  -- Not the counters, which take the first write of all, nor the snapshot, which was read.
   touch('stream', key('log'))
-  touch('hash', key('count'))
   touch('list', key('marks'))
-  touch('hash', plan.task)
   touch('stream', plan.events)
   if change.text then touch('string', plan.text) end
   local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
@@ -141,11 +147,7 @@ local function prepare(plan)
   end
   plan.join, plan.leave = {}, {}
   if plan.new then
-    touch('zset', key('queues'))
     plan.join = task_indexes_of(after, org)
-    if after.session then
-      touch('zset', key('sessions', org .. ':' .. (after.owner or '')))
-    end
   end
   if plan.moved then
     for _, name in ipairs(status_indexes_of(after, org, after.status)) do plan.join[#plan.join + 1] = name end
@@ -162,8 +164,10 @@ local function prepare(plan)
       for _, name in ipairs(waiting_indexes_of(before, org)) do plan.leave[#plan.leave + 1] = name end
     end
   end
-  for _, name in ipairs(plan.join) do touch('zset', name) end
-  for _, name in ipairs(plan.leave) do touch('zset', name) end
+  local sets = { unpack(plan.join) }
+  for _, name in ipairs(plan.leave) do sets[#sets + 1] = name end
+  if plan.new then sets[#sets + 1] = key('queues') end
+  if plan.new and after.session then sets[#sets + 1] = key('sessions', org .. ':' .. (after.owner or '')) end
   if change.spend then
     if after.session then
       plan.totals = key('totals', org .. ':' .. (after.owner or '') .. ':' .. after.session)
@@ -176,17 +180,18 @@ local function prepare(plan)
     end
   end
   if change.ready then
-    touch('zset', key('ready', after.queue))
-    touch('zset', key('ready-of', org .. ':' .. after.queue))
-    touch('list', key('wake', after.queue))
+    sets[#sets + 1] = key('ready', after.queue)
+    sets[#sets + 1] = key('ready-of', org .. ':' .. after.queue)
+    if change.ready == 'add' then touch('list', key('wake', after.queue)) end
   end
-  if change.lease or plan.lease then touch('zset', key('leases')) end
-  if change.due then touch('zset', key('due')) end
+  if change.lease or plan.lease then sets[#sets + 1] = key('leases') end
+  if change.due then sets[#sets + 1] = key('due') end
   if change.follow and after[change.follow] then
     plan.followup = key('followups')
     touch('list', plan.followup)
   end
-  if change.ended then touch('zset', key('ended')) end
+  if change.ended then sets[#sets + 1] = key('ended') end
+  if #sets > 0 then touch_sets(sets) end
 
   if change.text == 'append' then
     plan.delta = cjson.decode(plan.event)

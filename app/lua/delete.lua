@@ -24,8 +24,8 @@ for _, names in ipairs({
 end
 sets[#sets + 1] = key('ready', fields.queue)
 sets[#sets + 1] = key('ready-of', org .. ':' .. fields.queue)
-for _, name in ipairs(lists) do touch('zset', name) end
-for _, name in ipairs(sets) do touch('zset', name) end
+touch_sets({ unpack(lists) })
+touch_sets({ unpack(sets) })
 touch('hash', grave)
 if fields.session then
   touch('zset', key('sessions', org .. ':' .. (fields.owner or '')))
