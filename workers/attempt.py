@@ -34,7 +34,7 @@ MERGE_SECONDS = 0.03
 """A piece of text waits at most so long for the next one; the first after a silence does not wait."""
 MERGED_BYTES_MAX = 16 * 1024
 UNSENT_BYTES_MAX = 256 * 1024
-"""Of events that the store has not answered for. Beyond, text waits; any other event waits for its answer anyway."""
+"""Of events that the store has not answered for; whoever has more to say waits."""
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.05, 1.0
 """Between two tries of a call to a store that is away; doubled each time."""
 
@@ -126,11 +126,15 @@ class Attempt:
         self.interrupt()
 
     def interrupt(self) -> None:
-        """Cancels the handler; what it still says is not sent."""
+        """Cancels the handler; what it still says is not sent.
+
+        Once only: a second cancel would cut off its cleaning up, or the wait for a thread that goes on.
+        """
+        if self.interrupted.done():
+            return
+        self.interrupted.set_result(None)
         if self.work:
             self.work.cancel()
-        if not self.interrupted.done():
-            self.interrupted.set_result(None)
 
     def drain(self) -> None:
         """The worker is about to stop: a handler that waits for the end of a pause is stopped now, others go on."""
@@ -157,13 +161,17 @@ class Attempt:
     async def append(self, event: AnyEvent) -> Appended:
         """Says it, and waits for the store's answer. Raises what `say` raises, and what earlier text came to."""
         self._raise_text_error()
-        return await self.say(event)
+        await self._room()
+        answer = self.say(event)
+        await asyncio.wait([answer])  # it is not cancelled together with who waits: others wait for it too
+        return answer.result()
 
     async def write(self, agent: str, text: str) -> None:
         """A piece of text. Returns at once, unless the store is slow. Raises Over, Invalid, and TooLarge, perhaps for
         an earlier piece.
         """
         self._raise_text_error()
+        await self._room()
         if self.lost:
             raise Over(self.lost)
         try:
@@ -181,8 +189,11 @@ class Attempt:
             self._hand_over_text()
         elif self._text_timer is None:
             self._text_timer = loop.call_later(MERGE_SECONDS, self._hand_over_text)
-        if self._unsent > UNSENT_BYTES_MAX:
-            await self.settle()
+
+    async def _room(self) -> None:
+        """Until the store has caught up so far that more may be said. Many may wait here: each looks for itself."""
+        while self._unsent > UNSENT_BYTES_MAX and self._last:
+            await asyncio.wait([self._last])
 
     async def settle(self) -> None:
         """Until the store has answered for all that was said. Raises Over, and what text came to."""
@@ -305,14 +316,16 @@ class Attempt:
         if isinstance(outcome, Conflict):
             status = outcome.status
             over = status not in LEASED or isinstance(outcome, (Stale, OutOfOrder))
-        if over:
-            await self._refuse(one, outcome, status)
-            self.lose(LOST if isinstance(outcome, OutOfOrder) else TAKEN if status in LEASED else status)
-            outcome_: Exception = Over(self.lost)
-        else:
-            outcome_ = outcome
-        if not answer.done():
-            answer.set_exception(outcome_)
+        error: Exception = outcome
+        try:
+            if over:
+                await self._refuse(one, outcome, status)
+        finally:  # the same news may come another way meanwhile, and cancel this
+            if over:
+                self.lose(LOST if isinstance(outcome, OutOfOrder) else TAKEN if status in LEASED else status)
+                error = Over(self.lost)
+            if not answer.done():
+                answer.set_exception(error)
 
     async def insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Asks a store that is away again, until the attempt is over. Raises Over."""

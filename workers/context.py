@@ -418,6 +418,20 @@ class Context:
         await asyncio.sleep(0)
         raise asyncio.CancelledError
 
+    async def until_interrupted(self, wanted: Coroutine[Any, Any, T]) -> T:
+        """For a call from a thread: it is a task of its own, which the handler's cancel does not reach."""
+        call = asyncio.current_task()
+        assert call
+
+        def cancel(_: asyncio.Future[None]) -> None:
+            call.cancel()
+
+        self._attempt.interrupted.add_done_callback(cancel)
+        try:
+            return await wanted
+        finally:
+            self._attempt.interrupted.remove_done_callback(cancel)
+
     @property
     def blocking(self) -> "Blocking":
         """The same, for code that runs in a thread: made here, used there."""
@@ -458,7 +472,7 @@ class Blocking:
 
     def _run(self, wanted: Coroutine[Any, Any, T]) -> T:
         try:
-            return asyncio.run_coroutine_threadsafe(wanted, self._loop).result()
+            return asyncio.run_coroutine_threadsafe(self._context.until_interrupted(wanted), self._loop).result()
         except CancelledError:  # the one of futures, which handlers would catch with all other exceptions
             raise asyncio.CancelledError from None
 

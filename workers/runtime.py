@@ -134,6 +134,10 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
+def _error_of(work: asyncio.Task[Result] | None) -> BaseException | None:
+    return work.exception() if work and work.done() and not work.cancelled() else None
+
+
 def backoff_seconds(attempt: int) -> float:
     """At random up to 1, 2, 4 … 60 after attempts 1, 2, 3 …: many that failed together do not come back together."""
     return random.uniform(0, min(1 << min(attempt - 1, 6), BACKOFF_SECONDS_MAX))
@@ -300,6 +304,8 @@ class Worker:
 
     async def _work(self, attempt: Attempt, log: Any) -> None:
         """Runs the handler, and says what came of it. Raises Over."""
+        if attempt.lost:  # before it began
+            raise Over(attempt.lost)
         context = Context(attempt)
         handler = self._handlers[context.task.queue]
         if self._stop.is_set():
@@ -311,9 +317,11 @@ class Worker:
             if late:
                 attempt.interrupt()
                 await self._conclude(attempt, [timed_out(handler, context.task)], None, log)
-            await self._until_ended(attempt, work, log)
+            await self._until_ended(work, log)
         finally:
             attempt.interrupt()
+        if (late or attempt.stopped) and (error := _error_of(work)):
+            log.warning("task.ended_late", exc_info=error)  # while it was being cancelled: nobody else would hear of it
         if late:
             return
         if attempt.lost:
@@ -355,19 +363,16 @@ class Worker:
                 return True
             left = max(left, LATE_SECONDS)
 
-    async def _until_ended(self, attempt: Attempt, work: asyncio.Task[Result], log: Any) -> None:
+    async def _until_ended(self, work: asyncio.Task[Result], log: Any) -> None:
         """Until an interrupted handler has ended; or, when the worker stops, until it was waited for long enough."""
         if not work.done():
             await asyncio.wait([work], timeout=self._grace_seconds)
         if not work.done():
-            log.warning("task.not_interruptible", seconds=self._grace_seconds, stopping=attempt.stopped)
-            if not attempt.stopped:
-                await asyncio.wait([work])  # its slot is taken as long as it runs
+            log.warning("task.not_interruptible", seconds=self._grace_seconds, stopping=self._stop.is_set())
+            await self._unless_stopped(asyncio.wait([work]))  # its slot is taken as long as it runs
 
     def _log_over(self, attempt: Attempt, log: Any) -> None:
-        error = None
-        if (work := attempt.work) and work.done() and not work.cancelled():
-            error = work.exception()  # raised while it was being cancelled: nobody else would hear of it
+        error = _error_of(attempt.work)
         if attempt.lost in TERMINAL or attempt.lost == GONE:
             log.info("task.cancelled", status=attempt.lost, exc_info=error)
         else:
@@ -384,8 +389,7 @@ class Worker:
             log.warning("task.timed_out", error=event.error)
         else:
             assert isinstance(event, events.Errored), "an attempt comes to one of these five"
-            error = work.exception() if work and not work.cancelled() else None
-            log.error("task.errored", error=event.error, exc_info=error)
+            log.error("task.errored", error=event.error, exc_info=_error_of(work))
 
     # What keeps attempts alive, and what ends them
 
