@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -25,8 +26,12 @@ logger = structlog.get_logger()
 
 T = TypeVar("T")
 
+TASKCAST = "taskcast"
+"""The actor of what nobody asked for, such as a sub-task's end with its parent."""
 CHILD_PAUSE_SECONDS = 0.2
 """Between two looks for a sub-task that its partition has not made yet, or that cannot be followed now."""
+CHILD_LOOKS_MAX = 25
+"""For one that is not there. Its partition may be away for a while; one that was there before is not looked for."""
 
 
 class Failed(Exception):
@@ -75,13 +80,11 @@ class Context:
         """What an earlier attempt gave to `checkpoint` when it was paused; {} when none was."""
         self.final_text: str | None = None
         """The last text that was finished as the task's answer; None: none yet."""
-        self._series = task.fence - task.attempt
-        """The same for all attempts of a turn, until somebody asks for a retry."""
         self._attempt = attempt
         self._usage: Usage | None = None
         self._began = time.monotonic()
         self._asking = asyncio.Lock()
-        self._asked: dict[str, int] = {}
+        self._asked = Counter[str]()
         """How often this attempt has asked the same."""
         self._plans = task.review_version
         self._round = task.review_round
@@ -181,7 +184,8 @@ class Context:
         self, message: str, level: Literal["debug", "info", "warning", "error"] = "info", **fields: Any
     ) -> None:
         """A line in the worker's log, and an event LOG for whoever watches the task."""
-        getattr(logger, level)(message, task_id=self.task.id, attempt=self.attempt, **fields)
+        log = logger.bind(**fields).bind(task_id=self.task.id, attempt=self.attempt)  # fields may have these names
+        getattr(log, level)(message)
         await self._say(events.Noted(name="LOG", message=message, payload={**fields, "level": level}))
 
     async def thinking(self, message: str = "", payload: Json | None = None, *, agent: str = "") -> None:
@@ -269,7 +273,7 @@ class Context:
         As with `approve`, a later attempt that comes up with the same plan gets the same answer.
         """
         async with self._asking:
-            if earlier := (await self._decided()).get(_plan_name(plan)):
+            if earlier := (await self._decided()).get(self._name("review", plan)):
                 return earlier
             self._plans, self._round = self._plans + 1, self._round + 1
             asked = events.ReviewRequested(plan=plan, version=self._plans, round=self._round)
@@ -291,29 +295,33 @@ class Context:
                     return _decision(said)
             # Somebody set the task going without an answer: the question still stands.
 
-    def _name(self, kind: str, *what: Any) -> str:
-        """Of a question: the same in each attempt that asks the same for as many times."""
-        asked = msgspec.json.encode([self.task.id, self._series, kind, *what], order="deterministic")
+    def _name(self, kind: str, *what: Any, among: Counter[str] | None = None) -> str:
+        """Of a question: the same in each attempt of this turn that asks the same for as many times."""
+        asked = msgspec.json.encode([self.task.id, self.task.turn, kind, *what], order="deterministic")
         digest = hashlib.blake2b(asked, digest_size=10).hexdigest()
-        self._asked[digest] = times = self._asked.get(digest, 0) + 1
+        counted = self._asked if among is None else among
+        counted[digest] += 1
+        times = counted[digest]
         return f"{kind}_{digest}" if times == 1 else f"{kind}_{digest}_{times}"
 
     async def _decided(self) -> dict[str, Decision]:
         """What earlier attempts of this turn were answered; an explicit retry asks anew."""
         if self._earlier is None:
             decided: dict[str, Decision] = {}
+            reviews = Counter[str]()
             plan = ""
             if self.attempt > 1:
                 async for said in self._history(""):
                     match said:
                         case events.Continued() | events.Retried():
                             decided.clear()
+                            reviews.clear()
                         case events.ReviewRequested():
                             plan = said.plan
                         case events.ApprovalDecided():
                             decided[said.approval] = _decision(said)
                         case events.Reviewed():
-                            decided[_plan_name(plan)] = _decision(said)
+                            decided[self._name("review", plan, among=reviews)] = _decision(said)
                         case _:
                             pass
             self._earlier = decided
@@ -350,15 +358,18 @@ class Context:
         """Makes a sub-task: of the same owner and session, cancelled together with this one.
 
         `agent` waits on its own queue, `agent:<name>`, unless another is named; without either it waits on `default`.
-        The same `key` again, in a later attempt too, is the same sub-task, unless the task itself was retried. A handler that waits for its children holds
+        The same `key` again, in a later attempt too, is the same sub-task; one that was cancelled together with this
+        task, before somebody retried it, is then tried again as well. A handler that waits for its children holds
         its slot: let them wait on a queue of their own, or give the worker more slots.
         """
         task, attempt = self.task, self._attempt
         if key:
             secret = attempt.store.partitions.secret
-            id_ = "task_" + task_id_of(secret, task.org, task.id, str(self._series), key)
+            id_ = "task_" + task_id_of(secret, task.org, task.id, str(task.turn), key)
             found = await self._unless_over(attempt.insist(lambda: attempt.store.get(task.org, id_)))
             if found and found.parent == task.id:
+                if found.cancelled_by == TASKCAST:  # together with this task, which somebody has set going again
+                    await self._unless_over(attempt.insist(lambda: self._again(id_, timeout_seconds)))
                 return Child(self, id_)
         else:
             id_ = f"task_{random_id()}"
@@ -386,23 +397,42 @@ class Context:
         await self._unless_over(attempt.insist(attempt.store.queues.follow_up))
         return Child(self, id_)
 
+    async def _again(self, id_: str, timeout_seconds: float) -> None:
+        """Repeatable: only once per attempt."""
+        claimed, retried = self._attempt.claimed, events.Retried(actor=TASKCAST, deadline_seconds=timeout_seconds)
+        with suppress(Conflict, NotFound):
+            operation = f"again:{claimed.task}:{claimed.fence}"
+            await self._attempt.store.append(claimed.org, id_, retried, operation=operation)
+
     async def wait(self, child: Child) -> Task:
-        """The sub-task at its end."""
+        """The sub-task at its end. Raises NotFound when it was deleted, or could not be made."""
         return await self._unless_over(self._end_of(child.id))
 
     async def _end_of(self, id_: str) -> Task:
         attempt, org = self._attempt, self.task.org
-        while True:
-            found = await attempt.insist(lambda: attempt.store.get(org, id_))
-            if found and found.terminal:
+        looks = CHILD_LOOKS_MAX
+        while found := await self._look(id_, looks):
+            if found.terminal:
                 return found
-            if found:
-                with suppress(NotFound, Unavailable):
-                    async with attempt.store.follow(org, id_, found.last_event_id) as pages:
-                        async for _ in pages:
-                            pass
-                    continue
-            await asyncio.sleep(CHILD_PAUSE_SECONDS)
+            looks = 1
+            try:
+                async with attempt.store.follow(org, id_, found.last_event_id) as pages:
+                    async for _ in pages:
+                        pass
+            except (NotFound, Unavailable):
+                await asyncio.sleep(CHILD_PAUSE_SECONDS)
+        raise NotFound(f"The sub-task {id_} is not there: it was deleted, or could not be made.")
+
+    async def _look(self, id_: str, times: int) -> Task | None:
+        """For a sub-task, which whoever finds its parent's wish first makes."""
+        attempt, org = self._attempt, self.task.org
+        for left in reversed(range(times)):
+            if found := await attempt.insist(lambda: attempt.store.get(org, id_)):
+                return found
+            if left:
+                await asyncio.sleep(CHILD_PAUSE_SECONDS)
+                await attempt.insist(attempt.store.queues.follow_up)
+        return None
 
     async def _say(self, event: AnyEvent) -> Appended:
         return await self._unless_over(self._attempt.append(event))
@@ -481,7 +511,3 @@ def _decision(event: AnyEvent) -> Decision:
     assert isinstance(event, events.ApprovalDecided | events.Reviewed)
     payload = event.payload if isinstance(event, events.ApprovalDecided) else {}
     return Decision(approved=event.approved, feedback=event.feedback, payload=payload)
-
-
-def _plan_name(plan: str) -> str:
-    return f"plan:{hashlib.blake2b(plan.encode(), digest_size=16).hexdigest()}"

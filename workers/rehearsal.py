@@ -63,7 +63,8 @@ async def run_task(
 ) -> Run:
     """Runs a task to its end: `context` are the function's named arguments, as a client would give them in JSON.
 
-    Retries follow at once. `children` are the workers of its sub-tasks, `decide` answers approvals and reviews.
+    Retries follow at once. `children` are the workers of its sub-tasks, `decide` answers approvals and reviews; what
+    that raises, or Misconfigured for a sub-task that none of these workers serves, is raised here.
     """
     served = by_queue([handler, *children])
     own = handler.queues[0]
@@ -72,8 +73,6 @@ async def run_task(
 
 
 async def _run(submission: Submission, served: dict[str, Handler], decide: Decide) -> Run:
-    if submission.queue not in served:
-        raise Misconfigured(f"No worker was given for the queue {submission.queue}: run_task(…, children=[…]).")
     store = Rehearsal(submission, served, decide)
     worker = Worker(cast("Store", store), served, stop=asyncio.Event(), slots=1, name=WORKER)
     try:
@@ -81,6 +80,8 @@ async def _run(submission: Submission, served: dict[str, Handler], decide: Decid
             await worker.attend(store.begin(served[submission.queue]))
     finally:
         await store.aclose()
+    if store.problem:
+        raise store.problem
     return Run(task(store.snapshot.fields), [entry.event for entry in store.entries])
 
 
@@ -93,6 +94,8 @@ class Rehearsal:
         self.partitions = SimpleNamespace(secret=b"rehearsal")
         self.snapshot: Snapshot = EMPTY
         self.entries: list[Entry] = []
+        self.problem: BaseException | None = None
+        """What the test got wrong, not the handler."""
         self._served, self._decide = served, decide
         self._children: dict[str, asyncio.Task[Run]] = {}
         self._asked: list[Submission] = []
@@ -139,27 +142,32 @@ class Rehearsal:
                 outcomes.append(self._appended(self._add(one.event, number)))
             except (Conflict, TooLarge) as error:
                 return [*outcomes, error]
-            match one.event:
-                case events.ChildSubmitted():
-                    self._asked.append(one.event.task)
-                case events.ApprovalRequested():
-                    said_ = self._answer(one.event.reason)
-                    decided = events.ApprovalDecided(
-                        approval=one.event.approval,
-                        approved=said_.approved,
-                        feedback=said_.feedback,
-                        payload=said_.payload,
-                    )
-                    asyncio.get_running_loop().call_soon(self._tell, decided)
-                case events.ReviewRequested():
-                    said_ = self._answer(one.event.plan)
-                    reviewed = events.Reviewed(
-                        version=one.event.version, approved=said_.approved, feedback=said_.feedback
-                    )
-                    asyncio.get_running_loop().call_soon(self._tell, reviewed)
-                case _:
-                    pass
+            try:
+                self._react(one.event)
+            except BaseException as error:  # such as pytest.fail raises
+                self.problem = error
+                raise RuntimeError("the rehearsal cannot go on") from error
         return outcomes
+
+    def _react(self, event: AnyEvent) -> None:
+        """As the world would."""
+        match event:
+            case events.ChildSubmitted(task=child):
+                if child.queue not in self._served:
+                    raise Misconfigured(f"No worker was given for the queue {child.queue}: run_task(…, children=[…]).")
+                self._asked.append(child)
+            case events.ApprovalRequested(approval=approval):
+                said_ = self._answer(event.reason)
+                decided = events.ApprovalDecided(
+                    approval=approval, approved=said_.approved, feedback=said_.feedback, payload=said_.payload
+                )
+                asyncio.get_running_loop().call_soon(self._tell, decided)
+            case events.ReviewRequested(version=version):
+                said_ = self._answer(event.plan)
+                reviewed = events.Reviewed(version=version, approved=said_.approved, feedback=said_.feedback)
+                asyncio.get_running_loop().call_soon(self._tell, reviewed)
+            case _:
+                pass
 
     def _answer(self, question: str) -> Decision:
         answer = self._decide(question)
@@ -167,7 +175,10 @@ class Rehearsal:
 
     def _tell(self, decision: AnyEvent) -> None:
         """From outside, as the log's tail would."""
-        entry = self._add(decision, 0)
+        try:
+            entry = self._add(decision, 0)
+        except Conflict:  # the task has ended meanwhile
+            return
         if self._attempt:
             self._attempt.hear(self.snapshot.status, entry.seq)
 
@@ -193,8 +204,13 @@ class Rehearsal:
         await asyncio.gather(*self._children.values(), return_exceptions=True)
 
     async def get(self, _org: str, id_: str) -> Task | None:
+        """A sub-task when it has ended; here nobody looks at one before."""
         if child := self._children.get(id_):
-            return (await child).task
+            try:
+                return (await asyncio.shield(child)).task
+            except Exception as error:
+                self.problem = error
+                raise
         return None
 
     async def _follow_up(self) -> int:
