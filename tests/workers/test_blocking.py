@@ -179,7 +179,7 @@ async def test_its_slot_is_taken_for_as_long_as_the_thread_runs(bench: Bench, de
             renewals.append(len(held))
             return answer
 
-        store.renew = renew  # type: ignore[method-assign,assignment]
+        store.renew = renew  # type: ignore[assignment]
         async with bench.work(deaf.handler(timeout=0.1), store=store, slots=1):
             await bench.until_ended(first)
             await wait_until(lambda: said_in(logs, "task.not_interruptible"), "it is told")
