@@ -57,11 +57,15 @@ class ToolCall:
 class Child:
     """A sub-task. `await child` waits for its end and gives it as it is then: `status`, `result`, `error`."""
 
-    def __init__(self, context: "Context", id_: str) -> None:
+    def __init__(self, context: "Context | None", id_: str) -> None:
         self.id = id_
         self._context = context
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Child, (None, self.id)  # in another process it is a name, for `ctx.wait`
+
     def __await__(self) -> Generator[Any, None, Task]:
+        assert self._context, "a plain function says ctx.wait(child)"
         return self._context.wait(self).__await__()
 
 
@@ -499,6 +503,16 @@ class Blocking:
             self._run(called.__aexit__(type(error), error, error.__traceback__))
             raise
         self._run(called.__aexit__(None, None, None))
+
+    def at_end(self, end: Callable[[], None], kill: Callable[[], None]) -> None:
+        """Calls the one when the attempt is over, and the other half a grace time later."""
+        attempt, loop = self._context._attempt, self._loop  # noqa: SLF001 (the same, for a thread)
+
+        def over(_: asyncio.Future[None]) -> None:
+            end()
+            loop.call_later(attempt.store.settings.grace_seconds / 2, kill)
+
+        loop.call_soon_threadsafe(attempt.interrupted.add_done_callback, over)
 
     def _run(self, wanted: Coroutine[Any, Any, T]) -> T:
         try:

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from app.errors import Misconfigured
 from app.events import Json
 from workers.context import Context, Failed
+from workers.process import call
 
 ERROR_CHARACTERS_MAX = 4000
 """Of an exception's text; the log has the whole."""
@@ -50,6 +51,8 @@ class Handler(Struct, frozen=True, kw_only=True):
     parameters: Mapping[str, Parameter]
     blocking: bool
     """A plain `def`: it runs in a thread of its own."""
+    process: bool = False
+    """And that thread only looks after a process of its own."""
 
     @property
     def name(self) -> str:
@@ -77,7 +80,9 @@ class Handler(Struct, frozen=True, kw_only=True):
         named = self.arguments(ctx.task.context)
         result: Result
         try:
-            if self.blocking:
+            if self.process:
+                result = await _in_thread(partial(call, self.function, ctx.blocking, named))
+            elif self.blocking:
                 result = await _in_thread(partial(self.function, ctx.task, ctx.blocking, **named))
             else:
                 result = await self.function(ctx.task, ctx, **named)
@@ -120,6 +125,7 @@ def task(
     retry: type[Exception] | tuple[type[Exception], ...] = (),
     max_attempts: int = 0,
     timeout: float | None = None,
+    process: bool = False,
 ) -> Callable[[Function], Handler]:
     """Makes `f(task, ctx, *, named…)`, an `async def` or a plain one, the worker of these queues.
 
@@ -130,6 +136,8 @@ def task(
     that takes longer than `timeout` seconds ends the task as timed out, unless `retry` names TimeoutError.
 
     A plain function runs in a thread, and its `ctx` is a `Blocking`: a cancel reaches it the next time it uses that.
+    With `process=True` each attempt runs in a process of its own, which takes a moment to start: a cancel ends it
+    wherever it is, and should it die the attempt has raised ProcessDied.
 
     Raises TypeError for a function of another form, ValueError for numbers out of bounds.
     """
@@ -145,6 +153,8 @@ def task(
         raise ValueError("A worker's `timeout` is a number of seconds above 0.")
 
     def decorate(function: Function) -> Handler:
+        if process and (inspect.iscoroutinefunction(function) or "<locals>" in function.__qualname__):
+            raise TypeError(f"{function.__qualname__} must be a plain function of a module to run in a process.")
         return Handler(
             function=function,
             queues=queues,
@@ -153,6 +163,7 @@ def task(
             timeout=timeout,
             parameters=_parameters(function),
             blocking=not inspect.iscoroutinefunction(function),
+            process=process,
         )
 
     return decorate

@@ -1,10 +1,12 @@
 """Real worker processes, killed, frozen or told to stop while they wait for a human or run a plain function."""
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.workers.conftest import Bench
 QUICK = {"TASKCAST_LEASE_SECONDS": "1", "TASKCAST_GRACE_SECONDS": "1"}
 MODULE = """
 import asyncio
+import os
 import time
 
 from workers import Blocking, Context, task
@@ -37,6 +40,15 @@ def asks_in_a_thread(task, ctx: Blocking) -> str:
 
 @task("deaf")
 def deaf(task, ctx: Blocking) -> str:
+    ctx.progress(0.1)
+    while ctx.attempt == 1:
+        time.sleep(1)
+    return f"attempt {ctx.attempt}"
+
+
+@task("apart", process=True)
+def apart(task, ctx: Blocking) -> str:
+    ctx.emit("PID", str(os.getpid()))
     ctx.progress(0.1)
     while ctx.attempt == 1:
         time.sleep(1)
@@ -77,6 +89,14 @@ def worker(folder: Path, name: str) -> Iterator[Worker]:
     finally:
         if made.running and made.running.returncode is None:
             made.kill()
+
+
+def ended(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
 
 
 async def end(one: Worker, how: str) -> None:
@@ -125,7 +145,7 @@ async def test_whoever_waits_for_a_human_may_end_and_the_answer_is_asked_for_onc
 
 
 @pytest.mark.parametrize("how", ["killed", "frozen", "told to stop"])
-@pytest.mark.parametrize("queue", ["deaf", "talks"])
+@pytest.mark.parametrize("queue", ["deaf", "talks", "apart"])
 async def test_whatever_a_worker_runs_when_it_ends_another_one_runs_again(
     tmp_path: Path, bench: Bench, queue: str, how: str
 ) -> None:
@@ -142,6 +162,10 @@ async def test_whatever_a_worker_runs_when_it_ends_another_one_runs_again(
     entries = await bench.entries(id_)
     assert [one.attempt for one in entries] == sorted(one.attempt for one in entries), "the first attempt spoke last"
     assert events.tag(entries[-1].event) == "completed"
+    for one in entries:
+        if isinstance(one.event, events.Noted) and one.event.name == "PID":
+            pid = int(one.event.message)
+            await wait_until(partial(ended, pid), f"process {pid} has ended")
     await bench.prove()
 
 
