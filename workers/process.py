@@ -56,7 +56,7 @@ def call(function: Callable[..., Any], ctx: Blocking, named: Mapping[str, Any]) 
     ours, theirs = connection.Pipe()
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, "-c", START, str(theirs.fileno())],
+            [sys.executable, "-P", "-c", START, str(theirs.fileno())],  # a file json.py here is not Python's
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
             start_new_session=True,  # Ctrl-C is the worker's to hear

@@ -232,6 +232,14 @@ async def test_an_interrupted_function_may_clean_up(
     assert (await bench.said(id_))[-1] == end
 
 
+async def test_a_process_is_not_misled_by_files_in_the_current_folder(
+    handlers: dict[str, Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "socket.py").write_text("raise SystemError('the wrong socket')")
+    monkeypatch.chdir(tmp_path)
+    assert (await run_task(handlers["raises"], what="again")).result == "retried"
+
+
 def test_what_no_process_could_find_or_run_is_refused_at_once() -> None:
     def inner(task: Task, ctx: Blocking) -> None: ...
 

@@ -342,6 +342,46 @@ async def test_the_last_attempts_exception_ends_the_task(bench: Bench) -> None:
     assert (done.status, done.error, done.attempt) == (Status.ERRORED, "ConnectionResetError: gone", 2)
 
 
+@pytest.mark.parametrize(("own", "workers", "attempts"), [(2, 4, 2), (0, 4, 4), (0, 0, 3)])
+async def test_the_tasks_own_number_of_attempts_goes_before_its_workers(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, own: int, workers: int, attempts: int
+) -> None:
+    monkeypatch.setattr("workers.runtime.backoff_seconds", lambda _: 0.0)
+
+    @task("default", retry=ConnectionError, max_attempts=workers)
+    async def shaky(task: Task, ctx: Context) -> None:
+        raise ConnectionError
+
+    id_ = await bench.submit(max_attempts=own)
+    async with bench.work(shaky):
+        done = await bench.until_ended(id_)
+    assert (done.status, done.attempt, done.max_attempts) == (Status.ERRORED, attempts, attempts)
+
+
+@pytest.mark.parametrize("retried", [False, True])
+async def test_an_attempt_that_takes_too_long_is_interrupted_and_what_it_raises_then_is_logged(
+    bench: Bench, retried: bool, logs: Logs
+) -> None:
+    @task("default", timeout=0.1, retry=TimeoutError if retried else ())
+    async def slow(task: Task, ctx: Context) -> str:
+        if ctx.attempt > 1:
+            return "quick"
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise KeyError("while it was cancelled")
+        return "slow"
+
+    id_ = await bench.submit()
+    async with bench.work(slow):
+        done = await bench.until_ended(id_)
+        await wait_until(lambda: said_in(logs, "task.ended_late"), "its error is logged")
+    if retried:
+        assert (done.result, done.attempt) == ("quick", 2)
+    else:
+        assert (done.status, done.error) == (Status.TIMED_OUT, "The attempt took longer than 0.1 s.")
+
+
 def test_the_backoff_is_anything_up_to_a_bound_that_doubles_up_to_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     for attempt, bound in ((1, 1), (2, 2), (3, 4), (4, 8), (7, 60), (100, 60)):
         waits = [backoff_seconds(attempt) for _ in range(200)]
