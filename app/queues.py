@@ -18,9 +18,9 @@ from msgspec import Struct
 from app import events, keys
 from app.connect import Arg, Door
 from app.errors import Conflict, Full, Invalid, NotFound, Unavailable
-from app.log import Log, Partitions, limits
+from app.log import Log, Partitions, entry, limits
 from app.settings import Settings
-from app.task import LEASED, MAX_ATTEMPTS, PAUSED, Task, rows, task
+from app.task import LEASED, MAX_ATTEMPTS, PAUSED, RUNNING, Task, rows, task
 
 logger = structlog.get_logger()
 
@@ -28,6 +28,7 @@ DUE_MAX = 200
 """Expired leases, and passed deadlines, that one look takes from a partition."""
 DUE_ROUNDS = 10
 """Looks of one tick: tasks that expired overnight stand before those that workers may have."""
+WAIT_ENDS = (events.ApprovalDecided, events.Reviewed, events.Resumed)
 FORGET_MAX = 200
 FOLLOW_MAX = 1000
 """Follow-ups that one pass takes from a partition: deadlines must not wait for all of them."""
@@ -192,7 +193,8 @@ class Queues:
             event: events.AnyEvent
             if what == b"leases":
                 left = int(max_attempts or MAX_ATTEMPTS) + int(refunds or 0) - int(attempt or 0)
-                event = lost(status, int(attempt or 0), left)
+                waited = status == RUNNING and await self._only_waited(tag, org, id_)
+                event = lost(PAUSED if waited else status, int(attempt or 0), left)
             else:
                 event = late(expired=bool(expires_at) and int(expires_at) // 1000 == int(score))
             # Somebody else's tick, a renewal or the task's own end came first: then this one is not due.
@@ -201,6 +203,11 @@ class Queues:
                 logger.info("task.due", task_id=id_, org=org, consequence=events.tag(event))
                 count += 1
         return len(found), count
+
+    async def _only_waited(self, tag: str, org: str, id_: str) -> bool:
+        """Whether the end of a wait is the last that happened: the worker did not live to hear of it."""
+        last = await self.door.read("XREVRANGE", keys.key(tag, "events", org, id_), "+", "-", "COUNT", 1)
+        return bool(last) and isinstance(entry(id_, *last[0]).event, WAIT_ENDS)
 
     async def follow_up(self, org: str = "", task: str = "") -> int:
         """Takes the steps that events asked for in other partitions; returns how many. Of one task and those below

@@ -363,7 +363,7 @@ async def test_the_answer_survives_the_death_of_the_worker_that_waited(
     answers: list[Any] = []
     async with open_store(Settings(data=tmp_path / "data", lease_seconds=1, grace_seconds=1)) as store:
         bench = Bench(store)
-        id_ = await bench.submit()
+        id_ = await bench.submit(max_attempts=1)  # to wait costs none
         async with bench.work(asking(answers)) as first:
             await bench.until_said(id_, events.ApprovalRequested)
             await first.crash()
