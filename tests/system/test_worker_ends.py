@@ -23,6 +23,7 @@ QUICK = {"TASKCAST_LEASE_SECONDS": "1", "TASKCAST_GRACE_SECONDS": "1"}
 MODULE = """
 import asyncio
 import os
+import threading
 import time
 
 from workers import Blocking, Context, task
@@ -67,7 +68,7 @@ async def talks(task, ctx: Context) -> str:
 async def blocks(task, ctx: Context) -> str:
     await ctx.progress(0.1)
     if ctx.attempt == 1:
-        time.sleep(4)  # the loop, the renewals and all
+        threading.Event().wait(4)  # the loop, the renewals and all
         await ctx.progress(0.2)
     return f"attempt {ctx.attempt}"
 """
