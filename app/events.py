@@ -33,6 +33,10 @@ Seconds = Annotated[float, Meta(ge=0, le=10 * 366 * 86400)]
 """At most ten years: a time in µs must fit a Lua number too."""
 Short = Annotated[str, Meta(max_length=256)]
 """What stands in key names, and in the header of every entry."""
+Approval = Annotated[str, Meta(min_length=1, max_length=256)]
+"""An approval without a name could never be decided."""
+Reason = Annotated[str, Meta(max_length=4000)]
+"""Stands in the snapshot, and so in every list."""
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,64}\Z")]
 """Organisations and owners. No colon and no slash: these part the pieces of a key and of a queue's member."""
 
@@ -188,14 +192,14 @@ class TimedOut(Event, frozen=True, kw_only=True, tag="timed_out"):
 class ApprovalRequested(Event, frozen=True, kw_only=True, tag="approval_requested"):
     """The handler waits for a human's yes or no."""
 
-    approval: Short
+    approval: Approval
     """Names the request: the same in every attempt that asks the same."""
-    reason: str
+    reason: Reason
     payload: Json = {}
 
 
 class ApprovalDecided(Event, frozen=True, kw_only=True, tag="approval_decided"):
-    approval: Short
+    approval: Approval
     approved: bool
     feedback: str = ""
     payload: Json = {}
@@ -205,10 +209,10 @@ class ReviewRequested(Event, frozen=True, kw_only=True, tag="review_requested"):
     """The handler waits for a human's opinion of its plan."""
 
     plan: str
-    version: Annotated[int, Meta(ge=1)]
-    """Counts all plans of the task."""
-    round: Annotated[int, Meta(ge=1)] = 1
-    """1 for a task's first plan; one more after each feedback."""
+    version: Annotated[int, Meta(ge=1, le=1_000_000)]
+    """Counts all plans of the task: one more than its last one's, or it is refused."""
+    round: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
+    """Counts the plans of this turn, and since somebody's retry: as `version`."""
 
 
 class Reviewed(Event, frozen=True, kw_only=True, tag="reviewed"):

@@ -7,7 +7,6 @@ runs child processes is in `supervisor.py`.
 import asyncio
 import fcntl
 import gc
-import logging
 import re
 import shlex
 import shutil
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import httpx
-import structlog
 import typer
 import uvloop
 from msgspec import Struct
@@ -141,7 +139,7 @@ def serve(
     if no_worker and llm:
         raise Misconfigured("--no-worker and --llm contradict each other.")
     settings = settings_of(host=host, port=port, data=data, redis_url=redis, processes=processes, keep_days=keep_days)
-    _log_warnings_only()
+    configure_logs("warning")  # for a person: only what goes wrong
     with suppress(asyncio.CancelledError):  # stopped while it started
         run(_serve(settings, worker=not no_worker, llm=llm))
 
@@ -342,7 +340,7 @@ def worker(
 ) -> None:
     """Run the workers of a module on the same store. Ctrl-C lets their tasks end, then stops."""
     settings = settings_of(data=data, redis_url=redis)
-    configure_logs()
+    configure_logs(settings.log_level)
     served = _split(queues)
     with suppress(asyncio.CancelledError):  # told to stop while the store opened: nothing had begun
         run(_work(settings, modules, served, slots), fast=True)
@@ -494,19 +492,13 @@ def _local(micros: int) -> str:
 
 def _on_store(main: Callable[[Store], Coroutine[Any, Any, T]], settings: Settings) -> T:
     """What `main` makes of the open store."""
-    _log_warnings_only()
+    configure_logs("warning")  # for a person: only what goes wrong
 
     async def opened() -> T:
         async with open_store(settings) as store:
             return await main(store)
 
     return run(opened())
-
-
-def _log_warnings_only() -> None:
-    """For verbs that speak to a person: of the log, only what goes wrong."""
-    configure_logs()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 def existing(**options: Any) -> Settings:

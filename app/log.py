@@ -456,6 +456,8 @@ def _moved_on(event: AnyEvent) -> str:
             return "The task waits for a decision and goes on with it: decide instead of resuming."
         case events.ApprovalDecided():
             return "This approval is not pending."
+        case events.ReviewRequested():
+            return "The version and the round of a plan are one more than those of the task's last one."
         case events.Reviewed():
             return "The plan has been updated, or was reviewed already: look at its latest version."
         case _:

@@ -6,6 +6,7 @@ consequence, and the guards of that append make all others' attempts harmless.
 """
 
 import asyncio
+import random
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -29,6 +30,7 @@ DUE_MAX = 200
 DUE_ROUNDS = 10
 """Looks of one tick: tasks that expired overnight stand before those that workers may have."""
 WAIT_ENDS = (events.ApprovalDecided, events.Reviewed, events.Resumed)
+BACKOFF_SECONDS_MAX = 60
 FORGET_MAX = 200
 FOLLOW_MAX = 1000
 """Follow-ups that one pass takes from a partition: deadlines must not wait for all of them."""
@@ -333,10 +335,25 @@ def _started(worker: str, max_attempts: int, lease_seconds: float) -> tuple[byte
     return events.encode(event), rows(event)
 
 
+def again(task: Task, error: str, seconds: float | None = None) -> events.Requeued:
+    """What follows an attempt that ended with an error, and is not the last: another one after `seconds`."""
+    if seconds is None:
+        seconds = backoff_seconds(task.attempt - task.refunds)
+    message = f"Attempt {task.attempt} ended with {error.removesuffix('.')}; the next one begins in {seconds:.1f} s."
+    return events.Requeued(message=message, error=error, delay_seconds=seconds)
+
+
+def backoff_seconds(attempt: int) -> float:
+    """At random up to 1, 2, 4 … 60 after attempts 1, 2, 3 …: many that failed together do not come back together."""
+    return random.uniform(0, min(1 << min(max(attempt - 1, 0), 6), BACKOFF_SECONDS_MAX))
+
+
 def lost(status: str, attempt: int, attempts_left: int) -> events.LeaseLost | events.Errored:
     """What follows when a worker falls silent. Waiting for a human costs no attempt."""
     if status == PAUSED:
-        return events.LeaseLost(actor="taskcast", message="The task lost its worker while it was paused.", refund=True)
+        return events.LeaseLost(
+            actor="taskcast", message="The task lost its worker while it waited; no attempt is lost.", refund=True
+        )
     if attempts_left > 0:
         return events.LeaseLost(
             actor="taskcast", message=f"Attempt {attempt} lost its worker; the task is queued again."

@@ -200,7 +200,7 @@ def submit(
     session: Annotated[str, Option(help="Session id; a new one when absent.")] = "",
     mode: Annotated[str, Option(help="simple, standard, complex or supervisor.")] = "",
     context: Annotated[str, Option(help='JSON object for the worker, such as \'{"echo": {"steps": 20}}\'.')] = "",
-    priority: Annotated[int, Option(min=0, max=2, help="2 before 1 before 0.")] = 0,
+    priority: Annotated[int, Option(min=0, max=2, help="2 before 1 before 0, unless it has a delay.")] = 0,
     at: Annotated[str, Option(help="Not before this moment, such as 2030-01-31T09:00; local unless it says.")] = "",
     in_: Annotated[str, Option("--in", metavar="TIME", help="Not before so long from now: 90, 90s, 5m, 2h, 1d.")] = "",
     ttl: Annotated[str, Option(metavar="TIME", help="It times out unless it is begun so soon.")] = "",

@@ -327,7 +327,7 @@ def _signals(stop: Callable[[], None]) -> Iterator[None]:
 
 def run(settings: Settings, *, sock: socket.socket | None = None, ready: Ready | None = None) -> int:
     """The process, from settings to exit code: 0; 1: try again; 2: another start cannot help. It says why on stderr."""
-    configure_logs()
+    configure_logs(settings.log_level)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(serve(settings, sock=sock, ready=ready))
@@ -341,7 +341,7 @@ def run(settings: Settings, *, sock: socket.socket | None = None, ready: Ready |
         return 1
 
 
-def configure_logs() -> None:
+def configure_logs(level: str) -> None:
     """One line per event on stderr: key=value for people, JSON for machines. What libraries log comes through too."""
     last: Any = (
         structlog.dev.ConsoleRenderer()
@@ -356,7 +356,7 @@ def configure_logs() -> None:
             structlog.processors.format_exc_info,
             last,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         # One write per line: the printing one makes two, and processes that share stderr would tear lines.
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
     )

@@ -27,9 +27,15 @@ class Settings(BaseSettings):
     fsync: Literal["everysec", "always"] = Field(
         default="everysec", description="How the embedded store syncs its log."
     )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="From which on lines are logged; `info` has two for each task of a worker."
+    )
     lease_seconds: float = Field(default=30, ge=0.5, le=3600, description="How long a silent worker keeps its task.")
     grace_seconds: float = Field(
-        default=10, ge=0, le=600, description="How long a stopping process lets work and streams end."
+        default=10,
+        ge=0,
+        le=600,
+        description="How long a stopping process lets work and streams end by themselves; interrupted, they get it once more.",
     )
     heartbeat_seconds: float = Field(
         default=10, ge=0.1, le=300, description="Pause after which a silent stream sends a ping."

@@ -1,4 +1,4 @@
-"""The one door to the store for everybody above: submit append claim get list events follow.
+"""The one door to the store for everybody above: submit append extend delete, get list events follow, claim renew watch.
 
 Nobody above this file says Redis; nobody below it says HTTP.
 """

@@ -261,7 +261,10 @@ def _effects(event: AnyEvent, before: Status) -> Change:
         case events.ReviewRequested():
             fields = {"waits": f"review:{event.version}", "plan": event.plan, "review": "reviewing"}
             fields |= {"review_round": str(event.round), "review_version": str(event.version), "paused_by": event.actor}
-            return Change(set={name: value for name, value in fields.items() if value}, stamp=("paused_at",))
+            guard = {"review_round": str(event.round - 1 or ""), "review_version": str(event.version - 1 or "")}
+            return Change(
+                guard=guard, set={name: value for name, value in fields.items() if value}, stamp=("paused_at",)
+            )
         case events.Reviewed():
             guard = {"waits": f"review:{event.version}"}
             return Change(guard=guard, set={"review": "approved"} if event.approved else {})

@@ -62,6 +62,7 @@ PIP_SECONDS = 300
 
 PYTHON = Path(sys.executable)
 TASKCAST = PYTHON.with_name("taskcast")
+LOGS = {"TASKCAST_LOG_LEVEL": "warning"}
 PEERS = SCRIPTS / "bench_workers_peers.py"
 TASKS_MODULE = "scripts.bench_workers_tasks"
 ENVIRONMENTS = SCRIPTS.parent / ".bench"
@@ -220,7 +221,8 @@ async def side(name: str, folder: Path) -> AsyncIterator[Side]:
             command = [TASKCAST, "worker", TASKS_MODULE, "--slots", str(SLOTS), "--data", folder / "data"]
         with (
             redis.Redis.from_url(valkey.url, protocol=2) as store,
-            Process("worker", command, folder, output=subprocess.PIPE) as worker,
+            # The peers log from WARNING on, too.
+            Process("worker", command, folder, output=subprocess.PIPE, environment=LOGS) as worker,
         ):
             async with Submitter(python, name, valkey.url, folder / "submitter.log") as submitter:
                 yield Side(worker, submitter, store, store.info("server")["process_id"])

@@ -6,7 +6,6 @@ it is a process that measures itself and says its figures on stdout, as the hand
 
 import asyncio
 import json
-import logging
 import socket
 import sys
 import time
@@ -19,7 +18,6 @@ from urllib.parse import unquote, urlsplit
 
 import hiredis
 import redis
-import structlog
 import uvloop
 
 from app import events
@@ -42,9 +40,6 @@ ACTOR = "worker:12345678"
 """As long as a worker's own name."""
 BODY = b'{"query":"What is the answer?"}'
 READ_BYTES = 256 * 1024
-
-# As the peers: from WARNING on. At INFO, its default, a worker writes two lines for each task.
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
 
 
 def submission(what: str) -> Submission:

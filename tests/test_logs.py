@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import structlog
 
 from app import events
@@ -62,11 +63,18 @@ async def test_a_lost_lease_is_logged(store: Store) -> None:
     assert (line["event"], line["task_id"], line["consequence"]) == ("task.due", "t", events.tag(events.LeaseLost))
 
 
+@pytest.mark.parametrize(("level", "said"), [("info", ["info", "warning"]), ("warning", ["warning"])])
+def test_a_level_leaves_out_what_is_below_it(level: str, said: list[str]) -> None:
+    program = f"from app.server import configure_logs, logger; configure_logs({level!r}); logger.info('a'); logger.warning('b')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [json.loads(line)["level"] for line in done.stderr.splitlines()] == said
+
+
 def test_processes_that_share_an_output_do_not_tear_lines(tmp_path: Path) -> None:
     """Unbuffered, as in a container: the text and its newline are one write."""
     program = """
 from app.server import configure_logs, logger
-configure_logs()
+configure_logs("info")
 for i in range(300):
     logger.info("line", number=i)
 """

@@ -10,7 +10,7 @@
 `taskcast worker MODULE` runs the handlers of a module; `run_task` runs one without any server, for its own tests.
 `context.py` is what a handler holds, `handlers.py` what `@task` makes of it, `runtime.py` claims tasks and looks after
 them, `attempt.py` sends what is said, `process.py` runs a function in a process of its own, `rehearsal.py` is
-`run_task`, `echo.py` an example that shows all of it.
+`run_task`, `echo.py` an example that shows all of it. `llm.py` asks a language model; `model.py` serves a small one.
 """
 
 from app.events import Usage

@@ -133,7 +133,8 @@ def task(
     with pydantic, from the keys of the same name in `task.context`. `raise Failed(message)` fails the task; an
     exception named in `retry` queues it again while it has attempts left (`max_attempts`, unless the task itself names
     a number; 3 without either), after a random time of at most 1, 2, 4 … 60 s; any other errors it. An attempt
-    that takes longer than `timeout` seconds ends the task as timed out, unless `retry` names TimeoutError.
+    that takes longer than `timeout` seconds ends the task as timed out, unless `retry` names TimeoutError: then it counts
+    as that exception.
 
     A plain function runs in a thread, and its `ctx` is a `Blocking`: a cancel reaches it the next time it uses that.
     With `process=True` each attempt runs in a process of its own, which takes a moment to start: a cancel ends it

@@ -63,8 +63,8 @@ async def run_task(
 ) -> Run:
     """Runs a task to its end: `context` are the function's named arguments, as a client would give them in JSON.
 
-    Retries follow at once. `children` are the workers of its sub-tasks, `decide` answers approvals and reviews; what
-    that raises, or Misconfigured for a sub-task that none of these workers serves, is raised here.
+    Retries follow at once. `children` are the workers of its sub-tasks, `decide` answers approvals and reviews, all with
+    yes unless it is given; what that raises, or Misconfigured for a sub-task that none of these workers serves, is raised here.
     """
     served = by_queue([handler, *children])
     own = handler.queues[0]

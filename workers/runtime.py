@@ -15,7 +15,6 @@ file must never do is let a handler, its errors or its silence stop the renewal 
 """
 
 import asyncio
-import random
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -29,7 +28,7 @@ from app import events
 from app.errors import Invalid, Misconfigured, TaskcastError, Unavailable
 from app.events import FINAL_OUTPUT, RESULT_BYTES_MAX, AnyEvent
 from app.log import Logged
-from app.queues import Claimed
+from app.queues import Claimed, again
 from app.store import Store
 from app.task import TERMINAL, Status, Task
 from workers.attempt import GONE, LEASE, LOST, TAKEN, Attempt, Over
@@ -48,7 +47,6 @@ LATE_SECONDS = 0.1
 """A handler's timeout is noticed so late at most, if it was paused meanwhile."""
 RENEW_PAUSE_SECONDS_MAX = 0.2
 """Between two tries of a renewal that failed: a lease may have little time left."""
-BACKOFF_SECONDS_MAX = 60
 
 STOPPED = events.Requeued(message="The worker stopped and gave the task back.", refund=True)
 
@@ -71,22 +69,16 @@ def conclusion(handler: Handler, context: Context, work: asyncio.Task[Result]) -
             text = short(str(leaf)) or "The task failed."
             return [events.Failed(message=text, error=text)]
     if all(isinstance(leaf, handler.retry) for leaf in leaves) and context.task.attempts_left > 0:
-        return [_again(context.task, sentence(leaves[0]))]
+        return [again(context.task, sentence(leaves[0]))]
     return [_errored(leaves[0])]
 
 
 def timed_out(handler: Handler, task: Task) -> AnyEvent:
     """What is said of a handler that took longer than its function allows."""
     text = f"The attempt took longer than {handler.timeout:g} s."
-    if any(issubclass(TimeoutError, kind) for kind in handler.retry) and task.attempts_left > 0:
-        return _again(task, text)
+    if any(issubclass(TimeoutError, kind) for kind in handler.retry):
+        return again(task, text) if task.attempts_left > 0 else events.Errored(message=text, error=text)
     return events.TimedOut(message=text, error=text)
-
-
-def _again(task: Task, error: str) -> events.Requeued:
-    seconds = backoff_seconds(task.attempt - task.refunds)
-    message = f"Attempt {task.attempt} ended with {error.removesuffix('.')}; the next one begins in {seconds:.1f} s."
-    return events.Requeued(message=message, error=error, delay_seconds=seconds)
 
 
 def _errored(error: BaseException) -> events.Errored:
@@ -136,11 +128,6 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def _error_of(work: asyncio.Task[Result] | None) -> BaseException | None:
     return work.exception() if work and work.done() and not work.cancelled() else None
-
-
-def backoff_seconds(attempt: int) -> float:
-    """At random up to 1, 2, 4 … 60 after attempts 1, 2, 3 …: many that failed together do not come back together."""
-    return random.uniform(0, min(1 << min(attempt - 1, 6), BACKOFF_SECONDS_MAX))
 
 
 # The worker

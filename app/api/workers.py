@@ -39,7 +39,7 @@ from app.errors import Forbidden, Invalid, NotFound, OutOfOrder, Stale, Taskcast
 from app.events import FINAL_OUTPUT, AnyEvent, Json
 from app.identity import Identity, worker
 from app.log import PAGE_ENTRIES, Appended
-from app.queues import Claimed
+from app.queues import Claimed, again
 from app.store import Store
 from app.streams import WAITS, Streams, Visitor
 from app.task import LEASED, TERMINAL, Status, Task
@@ -49,7 +49,6 @@ logger = structlog.get_logger()
 PREFIX = "/worker/v1"
 STATES_AT_ONCE = 50
 """Snapshots that one heartbeat reads at a time: each may have half a megabyte."""
-BACKOFF_SECONDS_MAX = 60
 ERROR_CHARACTERS_MAX = 4000
 """It is copied into the snapshot, and every list reads that."""
 
@@ -476,11 +475,7 @@ async def fail(request: Request) -> Response:
             raise NotFound("Task not found")
         event = events.Errored(actor=by, message=error, error=error)
         if task.attempts_left > 0:
-            seconds = want.delay_seconds
-            if seconds is None:
-                seconds = min(1 << min(max(task.attempt, 1) - 1, 6), BACKOFF_SECONDS_MAX)
-            message = f"Attempt {task.attempt} ended with {error}; the next one begins in {seconds:g} s."
-            event = events.Requeued(actor=by, message=message, error=error, delay_seconds=seconds)
+            event = msgspec.structs.replace(again(task, error, want.delay_seconds), actor=by)
     return await _answer(request, who, id_, want.fence, want.n, [event])
 
 

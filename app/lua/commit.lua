@@ -39,7 +39,8 @@ end
 
 local NAMES = { 'status', 'last_seq', 'size', 'fence', 'attempt', 'n', 'owner', 'user', 'agent', 'session', 'parent',
   'trigger', 'queue', 'priority', 'created_at', 'ready_at', 'deadline_at', 'internal_status', 'text_agent',
-  'submission', 'body_hash', 'id', 'last_event_id', 'max_attempts', 'refunds', 'expires_at', 'waits', 'children' }
+  'submission', 'body_hash', 'id', 'last_event_id', 'max_attempts', 'refunds', 'expires_at', 'waits', 'children',
+  'review_round', 'review_version' }
 
 -- The fields of a snapshot that scripts look at; nil when there is no such task.
 local function load(org, id)

@@ -218,7 +218,7 @@ async def test_the_list_shows_what_waits_for_this_key_until_it_is_decided(
 ) -> None:
     mine, _ = await asked(store, query="ship it", title="Shipping")
     nobodys, attempt = await asked(store, owner="")
-    planned, _ = await asked(store, events.ReviewRequested(plan="1. Ask.", version=3, round=2))
+    planned, _ = await asked(store, events.ReviewRequested(plan="1. Ask.", version=1))
     theirs, _ = await asked(store, owner="colleague")
     paused, _ = await started(store)
     await client.post(f"{TASKS}/{paused}/pause")  # waits for nothing but its end
@@ -239,7 +239,7 @@ async def test_the_list_shows_what_waits_for_this_key_until_it_is_decided(
     }
     assert own["requested_at"] == (await client.get(f"{TASKS}/{mine}")).json()["approval"]["requested_at"]
     assert common["task_id"] == nobodys
-    assert (review["task_id"], review["kind"], review["payload"]) == (planned, "review", {"round": 2, "version": 3})
+    assert (review["task_id"], review["kind"], review["payload"]) == (planned, "review", {"round": 1, "version": 1})
     listed = (await (await connect("colleague")).get(APPROVALS)).json()["approvals"]
     assert [item["task_id"] for item in listed] == [theirs, nobodys]
     assert (await (await connect("x", org="elsewhere")).get(APPROVALS)).json() == {"approvals": [], "total_count": 0}

@@ -39,8 +39,11 @@ def plan(version: int, text: str = "") -> events.ReviewRequested:
 
 
 async def planned(store: Store, *, version: int = 1, **fields: Any) -> tuple[str, Attempt]:
-    """A task whose worker waits for a review."""
+    """A task whose worker waits for a review, of its first plan or of a later one."""
     task, attempt = await started(store, **fields)
+    for earlier in range(1, version):
+        await tell(attempt, plan(earlier))
+        await store.append(DEVELOPMENT_ORG, task, events.Reviewed(version=earlier, approved=False, feedback="No."))
     await tell(attempt, plan(version))
     return task, attempt
 
@@ -218,7 +221,8 @@ async def test_a_new_question_begins_a_new_conversation(client: httpx.AsyncClien
     await store.append(DEVELOPMENT_ORG, task, events.Continued(query="and now?", submission="again"))
     assert (await client.get(f"{TASKS}/{task}/review")).status_code == 404
     (claimed,) = await store.claim(["default"], "w2", 1)
-    await tell(Attempt(store, task, claimed.fence), plan(2))
+    second = events.ReviewRequested(plan="Plan 2", version=2, round=1)
+    await tell(Attempt(store, task, claimed.fence), second)
     body = (await client.get(f"{TASKS}/{task}/review")).json()
     assert [one["message"] for one in body["rounds"]] == ["Plan 2"]
 

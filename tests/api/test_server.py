@@ -826,7 +826,7 @@ def test_a_process_stopped_while_it_starts_ends_well(settings: Settings, monkeyp
         yield  # type: ignore[misc]
 
     monkeypatch.setattr(server, "open_store", slow)
-    monkeypatch.setattr(server, "configure_logs", lambda: None)
+    monkeypatch.setattr(server, "configure_logs", lambda _: None)
     assert threading.current_thread() is threading.main_thread()
     assert server.run(settings.model_copy(update={"port": 0})) == 0
 
@@ -840,5 +840,5 @@ def test_the_process_runs_on_uvloop(settings: Settings, monkeypatch: pytest.Monk
         return 0 if isinstance(asyncio.get_running_loop(), uvloop.Loop) else 3
 
     monkeypatch.setattr(server, "serve", serve)
-    monkeypatch.setattr(server, "configure_logs", lambda: None)
+    monkeypatch.setattr(server, "configure_logs", lambda _: None)
     assert server.run(settings) == 0

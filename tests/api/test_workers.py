@@ -836,11 +836,11 @@ async def test_a_failure_may_be_tried_again_while_attempts_are_left(store: Store
     task = await worker.one()
     assert task["attempt"] == 2
     await worker.end(task, "fail", 1, error="busy", retry=True)  # a pause of its own
-    assert await worker.claim() == []
     requeued = (await told(store, id_))[-1]
     assert isinstance(requeued, events.Requeued)
-    assert (requeued.delay_seconds, requeued.error) == (2, "busy")
-    assert requeued.message == "Attempt 2 ended with busy; the next one begins in 2 s."
+    assert requeued.error == "busy"
+    assert 0 <= requeued.delay_seconds <= 2
+    assert requeued.message == f"Attempt 2 ended with busy; the next one begins in {requeued.delay_seconds:.1f} s."
     task = await worker.one(wait_seconds=30)
     assert (await worker.end(task, "fail", 1, error="busy", retry=True)).json()["status"] == "errored"
     assert (await now(store, id_)).error == "busy"

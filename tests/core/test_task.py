@@ -306,6 +306,16 @@ def test_a_review_goes_round_until_a_plan_is_approved() -> None:
     assert again.review_version == 2
 
 
+@pytest.mark.parametrize(("version", "round_"), [(1, 1), (2, 1), (3, 2), (1, 2), (4, 3)])
+def test_a_plan_that_does_not_count_on_is_refused(version: int, round_: int) -> None:
+    """An opinion of one plan must never meet another one under the same version."""
+    once = in_status(RUNNING, review_version="1", review_round="1")
+    ask = events.ReviewRequested(plan="p", version=version, round=round_)
+    with pytest.raises(Conflict):
+        apply(once, entry(ask, 2))
+    assert task(apply(once, entry(events.ReviewRequested(plan="p", version=2, round=2), 2)).fields).review_version == 2
+
+
 def test_a_time_to_live_counts_from_acceptance_and_ends_with_the_first_start() -> None:
     queued = in_status(QUEUED, expires_at="61000000")
     assert "expires_at" not in apply(queued, entry(events.Started(worker="w"), 2)).fields
@@ -349,7 +359,7 @@ def test_the_script_knows_every_field_that_a_change_looks_at() -> None:
     for event in (*SAMPLES.values(), events.Started(worker="w", max_attempts=1)):
         for change in changes(event).values():
             looked_at |= {*change.guard, *change.fill, change.follow} - {""}
-    assert looked_at == {"waits", "max_attempts", "id", "children"}
+    assert looked_at == {"waits", "review_round", "review_version", "max_attempts", "id", "children"}
     assert looked_at <= loaded
 
 

@@ -136,7 +136,9 @@ async def test_a_browser_loses_its_connection_and_no_event(http: httpx.AsyncClie
 @needs_chromium
 async def test_the_readmes_lines_for_a_browser_show_the_text(http: httpx.AsyncClient, server: Server) -> None:
     id_ = await submit(http, QUERY)
-    (snippet,) = re.findall(r"```js\n(const stream .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (snippet,) = re.findall(
+        r"```js\n(const stream .*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
     script = f"""async ([id, key]) => {{
         const shown = [], show = (text) => shown.push(text)
         {snippet}

@@ -18,7 +18,7 @@ from app import events
 from app.errors import Conflict, Invalid, Misconfigured, OutOfOrder, Unavailable
 from app.events import Noted, TextDelta
 from app.log import Appended, Logged, Said
-from app.queues import Claimed
+from app.queues import Claimed, backoff_seconds
 from app.settings import Settings
 from app.store import Store, open_store
 from app.task import Status, Task
@@ -27,7 +27,7 @@ from tests.workers.conftest import ORG, Bench, Logs
 from workers import Context, Failed, task
 from workers.attempt import Attempt, Over
 from workers.handlers import Handler, by_queue, load, sentence
-from workers.runtime import backoff_seconds, run
+from workers.runtime import run
 
 SHORT_SECONDS = 1.0
 """A lease that a busy machine of two cores still renews in time."""
@@ -346,7 +346,7 @@ async def test_the_last_attempts_exception_ends_the_task(bench: Bench) -> None:
 async def test_the_tasks_own_number_of_attempts_goes_before_its_workers(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, own: int, workers: int, attempts: int
 ) -> None:
-    monkeypatch.setattr("workers.runtime.backoff_seconds", lambda _: 0.0)
+    monkeypatch.setattr("app.queues.backoff_seconds", lambda _: 0.0)
 
     @task("default", retry=ConnectionError, max_attempts=workers)
     async def shaky(task: Task, ctx: Context) -> None:
@@ -356,6 +356,17 @@ async def test_the_tasks_own_number_of_attempts_goes_before_its_workers(
     async with bench.work(shaky):
         done = await bench.until_ended(id_)
     assert (done.status, done.attempt, done.max_attempts) == (Status.ERRORED, attempts, attempts)
+
+
+async def test_a_timeout_that_is_retried_counts_as_any_error_once_the_attempts_are_used_up(bench: Bench) -> None:
+    @task("default", timeout=0.05, retry=TimeoutError, max_attempts=2)
+    async def slow(task: Task, ctx: Context) -> None:
+        await asyncio.Event().wait()
+
+    id_ = await bench.submit()
+    async with bench.work(slow):
+        done = await bench.until_ended(id_)
+    assert (done.status, done.attempt, done.error) == (Status.ERRORED, 2, "The attempt took longer than 0.05 s.")
 
 
 @pytest.mark.parametrize("retried", [False, True])
