@@ -35,7 +35,7 @@ class Settings(BaseSettings):
         default=10,
         ge=0,
         le=600,
-        description="How long a stopping process lets work and streams end by themselves; interrupted, they get it once more.",
+        description="How long a stopping process has; work is interrupted, and handed back, after half of it.",
     )
     heartbeat_seconds: float = Field(
         default=10, ge=0.1, le=300, description="Pause after which a silent stream sends a ping."

@@ -505,12 +505,12 @@ class Blocking:
         self._run(called.__aexit__(None, None, None))
 
     def at_end(self, end: Callable[[], None], kill: Callable[[], None]) -> None:
-        """Calls the one when the attempt is over, and the other half a grace time later."""
+        """Calls the one when the attempt is over, and the other an eighth of a grace time later."""
         attempt, loop = self._context._attempt, self._loop  # noqa: SLF001 (the same, for a thread)
 
         def over(_: asyncio.Future[None]) -> None:
             end()
-            loop.call_later(attempt.store.settings.grace_seconds / 2, kill)
+            loop.call_later(attempt.store.settings.grace_seconds / 8, kill)
 
         loop.call_soon_threadsafe(attempt.interrupted.add_done_callback, over)
 

@@ -2,7 +2,7 @@
 
 A thread of the worker starts the process, one per attempt, and answers with a `Blocking` what it asks over a pipe. So
 leases are kept whatever the function does. When the attempt is over the process is told to end (SIGTERM raises
-asyncio.CancelledError in the function, so that it can clean up) and killed half a grace time later. It ends together
+asyncio.CancelledError in the function, so that it can clean up) and killed an eighth of a grace time later. It ends together
 with its worker, however that ends. What this file must never do is wait for a process that will not answer.
 """
 

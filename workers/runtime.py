@@ -353,9 +353,9 @@ class Worker:
     async def _until_ended(self, work: asyncio.Task[Result], log: Any) -> None:
         """Until an interrupted handler has ended; or, when the worker stops, until it was waited for long enough."""
         if not work.done():
-            await asyncio.wait([work], timeout=self._grace_seconds)
+            await asyncio.wait([work], timeout=self._grace_seconds / 4)
         if not work.done():
-            log.warning("task.not_interruptible", seconds=self._grace_seconds, stopping=self._stop.is_set())
+            log.warning("task.not_interruptible", seconds=self._grace_seconds / 4, stopping=self._stop.is_set())
             await self._unless_stopped(asyncio.wait([work]))  # its slot is taken as long as it runs
 
     def _log_over(self, attempt: Attempt, log: Any) -> None:
@@ -421,14 +421,13 @@ class Worker:
             pause = max(0.0, asked_at + period - loop.time())
 
     async def _drain(self) -> None:
-        """Lets handlers end for the grace time, then cancels them; each gives its task back."""
+        """Lets handlers end for half the grace time, then cancels them; each gives its task back within the other half."""
         for attempt in [*self._held.values()]:
             attempt.drain()
         if self._runners:
             self._log.info("worker.draining", tasks=len(self._runners), grace_seconds=self._grace_seconds)
-            await asyncio.wait(self._runners, timeout=self._grace_seconds)
+            await asyncio.wait(self._runners, timeout=self._grace_seconds / 2)
         for attempt in [*self._held.values()]:
             attempt.stop()
         if self._runners:
-            # Handlers that ignore their cancellation, and a store that is away, get the same time once more.
-            await asyncio.wait(self._runners, timeout=self._grace_seconds + PAUSE_SECONDS)
+            await asyncio.wait(self._runners, timeout=self._grace_seconds / 2)

@@ -109,7 +109,7 @@ async def end(one: Worker, how: str) -> None:
     else:
         began = time.monotonic()
         await asyncio.to_thread(one.stop)  # its exit code is 0
-        assert time.monotonic() - began < 8  # twice the grace time, and what a busy machine adds
+        assert time.monotonic() - began < 6  # the grace time, and what a busy machine adds
 
 
 async def thaw(one: Worker) -> None:
