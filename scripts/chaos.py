@@ -86,7 +86,7 @@ TOLD = {
     "tasks that were completed": "ended completed",
     "tasks that failed": "ended failed",
     "tasks that errored": "ended errored",
-    "tasks that errored because three workers lost them": "lost three times",
+    "tasks that errored because their workers lost them too often": "lost too often",
     "tasks that timed out": "ended timed_out",
     "submissions that needed more than one try": "submissions repeated",
     "entries in the logs": "entries",

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 import msgspec
@@ -83,6 +84,7 @@ class Checks:
         for note in self.notes:
             self.notes_of[note.task].append(note)
         self.plans: dict[str, Plan] = {ack.task: plan(seed, ack.number) for ack in self.acks}
+        self.run_at = {fact.task: datetime.fromisoformat(fact.name) for fact in self.facts if fact.what == "run_at"}
         self.counts: Counter[str] = Counter()
         """What the logs tell of what was done."""
 
@@ -201,16 +203,23 @@ class Checks:
         task, promise = log.task, "Delays, deadlines and times to live are kept"
         first = next((entry for entry in log.entries if isinstance(entry.event, events.Started)), None)
         one = self.plans.get(task.id)
-        if one and one.delay_seconds and first:
+        delay = self._delay(task, one) if one else 0
+        if delay and first:
             waited = (first.at - task.created_at) / 1e6
-            early = f"{task.id} began after {waited:.3f} s, not {one.delay_seconds:.3f} s"
-            self.findings.check(promise, waited >= one.delay_seconds - 0.001, early)
+            early = f"{task.id} began after {waited:.3f} s, not {delay:.3f} s"
+            self.findings.check(promise, waited >= delay - 0.001, early)
         if not one or task.turn > 1 or log.task.status is not Status.TIMED_OUT:
             return
         end = (task.finished_at - task.created_at) / 1e6
-        limits = [seconds for seconds in (one.timeout_seconds, 0 if first else one.ttl_seconds) if seconds]
+        limits = [delay + seconds for seconds in (one.timeout_seconds, 0 if first else one.ttl_seconds) if seconds]
         kept = limits and min(limits) - 0.001 <= end <= min(limits) + LATE_SECONDS
         self.findings.check(promise, kept, f"{task.id} timed out after {end:.3f} s; its limits are {limits}")
+
+    def _delay(self, task: Task, one: Plan) -> float:
+        """From its acceptance, which may come so late that none is left."""
+        if one.native or not one.delay_seconds:
+            return one.delay_seconds
+        return max(0, self.run_at[one.name].timestamp() - task.created_at / 1e6)
 
     def outcome(self, log: Log) -> None:
         """The result is there, and is its own; every other end has a reason that was planned, asked for, or suffered."""
@@ -218,6 +227,13 @@ class Checks:
         kind = one.kind if one else "stream"
         promise = "Each end is the right one, with its result"
         seen = f"{task.id} ({kind}) is {task.status}: {task.error}"
+        began = [place for place, entry in enumerate(log.entries) if isinstance(entry.event, NEW_TURN)]
+        turn = log.entries[began[-1] if began else 0 :]
+        count = sum(isinstance(entry.event, events.Started) for entry in turn)
+        refunds = sum(getattr(entry.event, "refund", False) for entry in turn)
+        attempts_max = (one.max_attempts if one else 0) or MAX_ATTEMPTS
+        many = f"{task.id} had {count} attempts, of which {refunds} do not count, and not {attempts_max}"
+        self.findings.check("No task has more attempts than it may", count - refunds <= attempts_max, many)
         match task.status:
             case Status.COMPLETED if kind == "parent":
                 children = json.loads(task.result)["children"]
@@ -230,12 +246,8 @@ class Checks:
             case Status.FAILED:
                 holds = kind == "fail"
             case Status.ERRORED:
-                began = [place for place, entry in enumerate(log.entries) if isinstance(entry.event, NEW_TURN)]
-                turn = log.entries[began[-1] if began else 0 :]
-                count = sum(isinstance(entry.event, events.Started) for entry in turn)
-                refunds = sum(getattr(entry.event, "refund", False) for entry in turn)
-                holds = kind == "raise" or count - refunds >= MAX_ATTEMPTS
-                self.counts["lost three times"] += kind != "raise"
+                holds = kind == "raise" or count - refunds >= attempts_max
+                self.counts["lost too often"] += kind != "raise"
                 seen += f", after {count} attempts, of which {refunds} do not count"
             case Status.TIMED_OUT:
                 holds = one is not None and bool(one.timeout_seconds or one.ttl_seconds)

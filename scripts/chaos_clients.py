@@ -14,6 +14,7 @@ import random
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from chaos_handlers import PLAIN, Voice
 from msgspec import Struct
 
 from app import events
-from app.errors import Conflict, NotFound, TaskcastError
+from app.errors import Conflict, Invalid, NotFound, TaskcastError
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER
 from app.queues import Claimed
 from app.settings import Settings
@@ -61,13 +62,16 @@ class Plan(Struct, frozen=True, kw_only=True):
     number: int
     kind: str
     native: bool
-    """Straight to the store, for what Shannon's API does not offer: queues, delays, priorities, a time to live."""
+    """Straight to the store, which Shannon's API cannot name a queue of."""
     query: str
     context: dict[str, Any]
-    timeout_seconds: float
     delay_seconds: float
+    timeout_seconds: float
     ttl_seconds: float
+    """Both from the end of the delay."""
     priority: int
+    max_attempts: int
+    """0: as many as usual."""
 
     @property
     def name(self) -> str:
@@ -90,9 +94,10 @@ def plan(seed: int, number: int) -> Plan:
             "pause_ms": 300 if slow else dice.randint(40, 350),
         },
         timeout_seconds=dice.uniform(1, 3) if dice.random() < 0.08 else 0,
-        delay_seconds=dice.uniform(0.5, 3) if native and dice.random() < 0.15 else 0,
-        ttl_seconds=dice.uniform(0.5, 2) if native and dice.random() < 0.08 else 0,
-        priority=dice.choice((0, 0, 0, 1, 2)) if native else 0,
+        delay_seconds=dice.uniform(0.5, 3) if dice.random() < 0.12 else 0,
+        ttl_seconds=dice.uniform(1, 2) if dice.random() < 0.06 else 0,
+        priority=dice.choice((0, 0, 0, 1, 2)),
+        max_attempts=dice.choice((0, 0, 0, 0, 0, 2, 5)),
     )
 
 
@@ -105,7 +110,9 @@ class Ack(Struct, frozen=True):
 
 
 class Fact(Struct, frozen=True):
-    """A line of its other file: what it did besides, and `finished` when all is submitted."""
+    """A line of its other file: what it did besides or, as `run_at`, is about to ask for; and `finished` when all is
+    submitted.
+    """
 
     what: str
     task: str = ""
@@ -139,6 +146,8 @@ class Client:
         acks: list[Ack] = lines(folder, f"{name}.acks", Ack)
         self.accepted = {ack.number: ack.task for ack in acks}
         self.numbers = [number for number in numbers if number not in self.accepted]
+        facts: list[Fact] = lines(folder, f"{name}.facts", Fact)
+        self.run_at = {fact.task: fact.name for fact in facts if fact.what == "run_at"}
         self.dice = random.Random(f"{seed}/{name}/{len(acks)}")
 
     def fact(self, what: str, task: str = "", name: str = "") -> None:
@@ -153,10 +162,17 @@ class Client:
             one, tries, id_ = plan(self.seed, number), 0, ""
             while not id_:
                 tries += 1
-                with suppress(TaskcastError, httpx.TransportError):
+                try:
                     id_ = await (self.submit_natively(store, one) if one.native else self.submit(http, one))
+                except Invalid as error:  # it will not become better
+                    self.fact("answer", name=f"{error} (to the submission of {one})")
+                    break
+                except (TaskcastError, httpx.TransportError):
+                    pass
                 if not id_:
                     await asyncio.sleep(0.05)
+            if not id_:
+                continue
             os.write(self._acks, msgspec.json.encode(Ack(number, id_, tries)) + b"\n")
             self.accepted[number] = id_
             await asyncio.sleep(self.pause * self.dice.uniform(0.2, 1.8))
@@ -168,8 +184,11 @@ class Client:
     async def submit(self, http: httpx.AsyncClient, one: Plan) -> str:
         """The id; empty: no."""
         body = {"query": one.query, "context": one.context, "session_id": f"chaos-{one.number % 7}"}
-        if one.timeout_seconds:
-            body["timeout_seconds"] = one.timeout_seconds
+        if one.delay_seconds:
+            body["run_at"] = self.moment(one)
+        for name in ("timeout_seconds", "ttl_seconds", "priority", "max_attempts"):
+            if value := getattr(one, name):
+                body[name] = value
         url = f"http://127.0.0.1:{self.dice.choice(self.ports)}/api/v1/tasks"
         headers = {"Idempotency-Key": f"{self.seed}-{one.name}"}
         twin = None
@@ -188,6 +207,13 @@ class Client:
             self.fact("answer", name=f"{response.status_code} to a submission: {response.text[:300]}")
         return ""
 
+    def moment(self, one: Plan) -> str:
+        """The same each time that the task is submitted, also after a kill: else it would be another request."""
+        if one.name not in self.run_at:
+            self.run_at[one.name] = (datetime.now(UTC) + timedelta(seconds=one.delay_seconds)).isoformat()
+            self.fact("run_at", one.name, self.run_at[one.name])
+        return self.run_at[one.name]
+
     async def submit_natively(self, store: Store, one: Plan) -> str:
         task = events.Submission(
             id=one.name,
@@ -199,9 +225,10 @@ class Client:
             query=one.query,
             context=one.context,
             priority=one.priority,
-            deadline_seconds=one.timeout_seconds,
+            max_attempts=one.max_attempts,
+            deadline_seconds=one.timeout_seconds and one.delay_seconds + one.timeout_seconds,
             delay_seconds=one.delay_seconds,
-            ttl_seconds=one.ttl_seconds,
+            ttl_seconds=one.ttl_seconds and one.delay_seconds + one.ttl_seconds,
             submission=one.name,
         )
         await store.submit(task)
