@@ -30,6 +30,7 @@ import chaos_checks
 import httpx
 import structlog
 from chaos_clients import GO, Ack, Fact, lines
+from chaos_handlers import PROCESS
 from chaos_readers import Owner, Reader
 
 from app.settings import Settings
@@ -72,6 +73,7 @@ EXPECTED_ERRORS = {"task.errored"}
 """What processes log as an error because a task ended so."""
 TOLD = {
     "attempts that workers began": "attempts",
+    "… in processes of their own": f"attempts of {PROCESS}",
     "leases that were lost": "lease_lost",
     "attempts that ran on while the next one ran": "beside",
     "tasks that their workers gave back or tried again": "requeued",

@@ -12,8 +12,8 @@ from datetime import datetime
 from pathlib import Path
 
 import msgspec
-from chaos_clients import LATE, ORG, Ack, Fact, Plan, lines, plan
-from chaos_handlers import PLAIN, Note
+from chaos_clients import LATE, ORG, QUEUES, Ack, Fact, Plan, lines, plan
+from chaos_handlers import Note
 from chaos_readers import Control, Reader
 
 from app import events, keys
@@ -158,6 +158,7 @@ class Checks:
                 check(promise, entry.fence == fence + 1, f"fence {fence} is followed by: {where}")
                 fence, n, open_, began = entry.fence, 0, True, entry.at
                 self.counts["attempts"] += 1
+                self.counts[f"attempts of {log.task.queue}"] += 1
                 continue
             check(promise, entry.fence == fence, f"attempt {fence} is the latest, not that of: {where}")
             if entry.n:
@@ -416,7 +417,7 @@ async def stored(store: Store, findings: Findings) -> None:
             findings.check(promise, not left, f"{name} holds {left}")
         left = await door.read("LRANGE", keys.key(tag, "followups"), 0, 4)
         findings.check("No follow-up is left", not left, f"{left}")
-        for queue in ("default", PLAIN):
+        for queue in ("default", *QUEUES.values()):
             tokens = await door.read("LLEN", keys.key(tag, "wake", queue))
             findings.check(promise, tokens <= 64, f"{tokens} wake-up calls for {queue}")
         async for name in store.snapshots._scan(f"{keys.prefix(tag)}*"):  # noqa: SLF001

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import msgspec
-from chaos_handlers import PLAIN, Voice
+from chaos_handlers import PLAIN, PROCESS, Voice
 from msgspec import Struct
 
 from app import events
@@ -43,8 +43,11 @@ KINDS = {
     "review": 4,
     "fail": 5,
     "raise": 3,
+    "process": 2,
 }
 """What tasks are like, and how many of a hundred or so are."""
+QUEUES = {"plain": PLAIN, "process": PROCESS}
+"""Of those that are not for the usual one."""
 GO = "go"
 """A file: the readers are there, the submissions may begin."""
 IMPATIENT, TWINS = 0.25, 0.1
@@ -81,7 +84,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 def plan(seed: int, number: int) -> Plan:
     dice = random.Random(f"{seed}/{number}")
     kind = dice.choices([*KINDS], [*KINDS.values()])[0]
-    native = kind in {"plain", "fail"} or dice.random() < 0.3
+    native = kind in {*QUEUES, "fail"} or dice.random() < 0.3
     slow = kind == "slow"
     return Plan(
         number=number,
@@ -221,7 +224,7 @@ class Client:
             owner=DEVELOPMENT_USER,
             session=f"chaos-{one.number % 7}",
             dialect="shannon",
-            queue=PLAIN if one.kind == "plain" else "default",
+            queue=QUEUES.get(one.kind, "default"),
             query=one.query,
             context=one.context,
             priority=one.priority,

@@ -17,6 +17,8 @@ from workers import Blocking, Context, Failed, task
 
 PLAIN = "chaos:plain"
 """The queue of the function that blocks its thread."""
+PROCESS = "chaos:process"
+"""The queue of the function that has a process of its own, whose start takes a second: for few tasks."""
 FLAKY_ATTEMPTS = 2
 
 
@@ -124,8 +126,17 @@ async def _work(task: Task, ctx: Context, voice: Voice, kind: str, steps: int, p
     return result(task)
 
 
+@task(PROCESS, process=True)
+def apart(task: Task, ctx: Blocking, *, steps: int = 3, pause_ms: int = 50) -> str:
+    return block(task, ctx, steps, pause_ms)
+
+
 @task(PLAIN)
 def plain(task: Task, ctx: Blocking, *, steps: int = 3, pause_ms: int = 50) -> str:
+    return block(task, ctx, steps, pause_ms)
+
+
+def block(task: Task, ctx: Blocking, steps: int, pause_ms: int) -> str:
     voice = Voice(task.id, task.fence)
     try:
         for step in range(steps):
