@@ -1,5 +1,6 @@
-"""Chaos: producers, workers, two API processes and Valkey on one store, as processes; SIGKILL, SIGSTOP and SIGTERM at
-random while tasks run, Valkey killed and restarted; then every promise of the README is checked (`chaos_checks.py`).
+"""Chaos: producers, workers, one of them over HTTP (`chaos_http.py`), two API processes and Valkey on one store, as
+processes; SIGKILL, SIGSTOP and SIGTERM at random while tasks run, Valkey killed and restarted; then every promise of the
+README is checked (`chaos_checks.py`).
 
 What is hit, in which order, for how long and after how many accepted tasks follows from the seed; what the victims are
 doing at that moment does not, and who is being hit already is spared for the next one of its kind. A worker that is
@@ -30,7 +31,7 @@ import chaos_checks
 import httpx
 import structlog
 from chaos_clients import GO, Ack, Fact, lines
-from chaos_handlers import PROCESS
+from chaos_handlers import HTTP, PROCESS
 from chaos_readers import Owner, Reader
 
 from app.settings import Settings
@@ -59,6 +60,10 @@ BLOWS = {
     ("worker", LONG_STOP): 12,
     ("worker", STOP): 4,
     ("worker", TERM): 4,
+    ("HTTP worker", KILL): 4,
+    ("HTTP worker", LONG_STOP): 4,
+    ("HTTP worker", STOP): 1,
+    ("HTTP worker", TERM): 1,
     ("API", KILL): 10,
     ("API", STOP): 5,
     ("API", TERM): 3,
@@ -66,7 +71,7 @@ BLOWS = {
     ("client", STOP): 1,
     ("Valkey", STOP): 3,
 }
-"""Who is hit how, and how often of sixty times."""
+"""Who is hit how, and how often of seventy times."""
 
 
 EXPECTED_ERRORS = {"task.errored"}
@@ -74,6 +79,9 @@ EXPECTED_ERRORS = {"task.errored"}
 TOLD = {
     "attempts that workers began": "attempts",
     "… in processes of their own": f"attempts of {PROCESS}",
+    "… over HTTP": f"attempts of {HTTP}",
+    "calls over HTTP whose answers were lost": "repeated over HTTP",
+    "attempts over HTTP that were told to stop": "cancelled over HTTP",
     "leases that were lost": "lease_lost",
     "attempts that ran on while the next one ran": "beside",
     "tasks that their workers gave back or tried again": "requeued",
@@ -110,7 +118,8 @@ class Blow:
 
 def blows(dice: random.Random, kills: int, restarts: int) -> list[Blow]:
     """In order. The commonest stand in even the shortest run."""
-    first = [("worker", KILL), ("worker", LONG_STOP), ("API", KILL)]
+    over_http = ("HTTP worker", dice.choice((KILL, LONG_STOP)))
+    first = [("worker", KILL), ("worker", LONG_STOP), ("API", KILL), over_http]
     chosen = [*first, *dice.choices([*BLOWS], [*BLOWS.values()], k=kills)][:kills]
     dice.shuffle(chosen)
     found = []
@@ -244,6 +253,9 @@ class Run:
         for one in self.processes:
             one.start()
         total = self.options.kills + self.options.restarts
+        command = [sys.executable, str(SCRIPTS / "chaos_http.py"), str(self.folder), *map(str, self.ports)]
+        self._add("http-worker", "HTTP worker", command)
+        self.processes[-1].start()
         for number in range(CLIENTS):
             words = [self.folder, self.options.seed, number, CLIENTS, self.options.tasks, PACE_SECONDS * total]
             command = [sys.executable, str(SCRIPTS / "chaos_clients.py"), *map(str, [*words, *self.ports])]

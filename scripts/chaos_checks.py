@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 import msgspec
-from chaos_clients import LATE, ORG, QUEUES, Ack, Fact, Plan, lines, plan
+from chaos_clients import FAILING, LATE, ORG, QUEUES, Ack, Fact, Plan, lines, plan
 from chaos_handlers import Note
 from chaos_readers import Control, Reader
 
@@ -150,13 +150,14 @@ class Checks:
         """
         check = self.findings.check
         promise = "No two attempts at the same moment"
-        fence, n, open_, began = 0, 0, False, 0
+        fence, n, open_, began, lease_seconds = 0, 0, False, 0, 0.0
         for entry in log.entries:
             event, where = entry.event, log.where(entry)
             if isinstance(event, events.Started):
                 check(promise, not open_, f"begun while attempt {fence} is open: {where}")
                 check(promise, entry.fence == fence + 1, f"fence {fence} is followed by: {where}")
                 fence, n, open_, began = entry.fence, 0, True, entry.at
+                lease_seconds = event.lease_seconds or self.lease_seconds
                 self.counts["attempts"] += 1
                 self.counts[f"attempts of {log.task.queue}"] += 1
                 continue
@@ -167,7 +168,7 @@ class Checks:
                 n = entry.n
             if isinstance(event, events.LeaseLost):
                 held = (entry.at - began) / 1e6
-                check("No lease ends early", held >= self.lease_seconds - 0.01, f"after {held:.3f} s: {where}")
+                check("No lease ends early", held >= lease_seconds - 0.01, f"after {held:.3f} s: {where}")
             if isinstance(event, (*ENDS, *GIVEN_UP)):
                 open_ = False
             self.counts[events.tag(event)] += 1
@@ -242,10 +243,10 @@ class Checks:
                 holds = children == stand and len(children) == 2
                 seen += f"; it says {children}, and the store {stand}"
             case Status.COMPLETED:
-                holds = task.result == f"{task.query} is done" and kind not in {"fail", "raise"}
+                holds = task.result == f"{task.query} is done" and kind not in {*FAILING, "raise"}
                 seen += f"; its result: {task.result[:200]}"
             case Status.FAILED:
-                holds = kind == "fail"
+                holds = kind in FAILING
             case Status.ERRORED:
                 holds = kind == "raise" or count - refunds >= attempts_max
                 self.counts["lost too often"] += kind != "raise"
@@ -305,6 +306,8 @@ class Checks:
         for fact in self.facts:
             if fact.what == "answer":
                 check("Requests are answered as promised", False, fact.name)
+            elif fact.what in {"repeated", "cancelled"}:
+                self.counts[f"{fact.what} over HTTP"] += 1
             elif fact.what == "decided":
                 self.counts["decided"] += 1
                 has = any(
@@ -417,7 +420,7 @@ async def stored(store: Store, findings: Findings) -> None:
             findings.check(promise, not left, f"{name} holds {left}")
         left = await door.read("LRANGE", keys.key(tag, "followups"), 0, 4)
         findings.check("No follow-up is left", not left, f"{left}")
-        for queue in ("default", *QUEUES.values()):
+        for queue in {"default", *QUEUES.values()}:
             tokens = await door.read("LLEN", keys.key(tag, "wake", queue))
             findings.check(promise, tokens <= 64, f"{tokens} wake-up calls for {queue}")
         async for name in store.snapshots._scan(f"{keys.prefix(tag)}*"):  # noqa: SLF001

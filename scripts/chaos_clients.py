@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx
 import msgspec
-from chaos_handlers import PLAIN, PROCESS, Voice
+from chaos_handlers import HTTP, PLAIN, PROCESS, Voice
 from msgspec import Struct
 
 from app import events
@@ -44,10 +44,14 @@ KINDS = {
     "fail": 5,
     "raise": 3,
     "process": 2,
+    "http": 12,
+    "http-flaky": 4,
+    "http-fail": 2,
 }
 """What tasks are like, and how many of a hundred or so are."""
-QUEUES = {"plain": PLAIN, "process": PROCESS}
+QUEUES = {"plain": PLAIN, "process": PROCESS, "http": HTTP, "http-flaky": HTTP, "http-fail": HTTP}
 """Of those that are not for the usual one."""
+FAILING = {"fail", "http-fail"}
 GO = "go"
 """A file: the readers are there, the submissions may begin."""
 IMPATIENT, TWINS = 0.25, 0.1
@@ -84,7 +88,7 @@ class Plan(Struct, frozen=True, kw_only=True):
 def plan(seed: int, number: int) -> Plan:
     dice = random.Random(f"{seed}/{number}")
     kind = dice.choices([*KINDS], [*KINDS.values()])[0]
-    native = kind in {*QUEUES, "fail"} or dice.random() < 0.3
+    native = kind in {*QUEUES, *FAILING} or dice.random() < 0.3
     slow = kind == "slow"
     return Plan(
         number=number,
@@ -180,7 +184,7 @@ class Client:
             self.accepted[number] = id_
             await asyncio.sleep(self.pause * self.dice.uniform(0.2, 1.8))
         for number, id_ in self.accepted.items():
-            if plan(self.seed, number).kind == "fail":
+            if plan(self.seed, number).kind in FAILING:
                 await self.once_more(store, id_)
         self.fact("finished")
 

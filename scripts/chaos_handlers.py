@@ -19,6 +19,8 @@ PLAIN = "chaos:plain"
 """The queue of the function that blocks its thread."""
 PROCESS = "chaos:process"
 """The queue of the function that has a process of its own, whose start takes a second: for few tasks."""
+HTTP = "chaos:http"
+"""The queue of the worker over HTTP (`chaos_http.py`)."""
 FLAKY_ATTEMPTS = 2
 
 
