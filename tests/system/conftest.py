@@ -247,19 +247,15 @@ class Proxy:
         """Streams asked for so far."""
         self.cut = 0
         """Connections cut so far."""
+        self._accepted: list[asyncio.StreamWriter] = []
         self._serving: set[asyncio.Task[None]] = set()
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task
+    def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """No coroutine: one that is cancelled before its first step would close nothing."""
+        self._accepted.append(writer)
+        task = asyncio.create_task(self._serve(reader, writer))
         self._serving.add(task)
-        try:
-            # asyncio reports a cancelled connection as an error (before 3.12).
-            with contextlib.suppress(OSError, asyncio.CancelledError):
-                await self._serve(reader, writer)
-        finally:
-            writer.close()
-            self._serving.discard(task)
+        task.add_done_callback(self._serving.discard)
 
     async def aclose(self) -> None:
         """Browsers keep connections open for later."""
@@ -267,8 +263,16 @@ class Proxy:
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
+        for writer in self._accepted:
+            writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # asyncio reports a cancelled connection as an error (before 3.12).
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            await self._through(reader, writer)
+        writer.close()
+
+    async def _through(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connecting = asyncio.create_task(asyncio.open_connection("127.0.0.1", self._port))
         try:
             behind_reader, behind_writer = await asyncio.shield(connecting)
@@ -320,7 +324,7 @@ class Line:
 @asynccontextmanager
 async def proxy(port: int, cuts: Sequence[int]) -> AsyncIterator[Proxy]:
     made = Proxy(port, cuts)
-    listener = await asyncio.start_server(made.serve, "127.0.0.1", 0)
+    listener = await asyncio.start_server(made.accept, "127.0.0.1", 0)
     made.url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
     try:
         yield made
