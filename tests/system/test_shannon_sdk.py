@@ -335,7 +335,7 @@ async def test_a_task_is_cancelled_once_and_at_once(client: AsyncShannonClient, 
 
 
 async def test_a_task_is_paused_and_resumed(client: AsyncShannonClient) -> None:
-    handle = await client.submit_task(QUERY, context=slow(20, 30))
+    handle = await client.submit_task(QUERY, context=slow(100, 30))
     watching = asyncio.create_task(streamed(client, handle.task_id))
     await wait_until(lambda: has_status(client, handle.task_id, TaskStatusEnum.RUNNING), "the task runs")
     fresh = await client.get_control_state(handle.task_id)
