@@ -14,6 +14,7 @@ LAYERS = [
     {
         "app.identity",
         "app.limits",
+        "app.answers",
         "app.claims",
         "app.frames",
         "app.streams",

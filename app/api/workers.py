@@ -34,6 +34,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import errors, events, log, metrics
+from app.answers import plain
 from app.claims import Claims
 from app.errors import Forbidden, Invalid, NotFound, OutOfOrder, Stale, TaskcastError
 from app.events import FINAL_OUTPUT, AnyEvent, Json
@@ -255,31 +256,14 @@ def _clock(micros: int) -> str | None:
 
 
 def error_body(error: TaskcastError) -> tuple[int, Json]:
-    """Total: what nobody foresaw is a 500 that tells nothing of the inside."""
-    match error:
-        case errors.TooLarge():
-            return 413, {"error": str(error)}
-        case errors.Invalid():
-            return 400, {"error": str(error)}
-        case errors.Unauthorized():
-            return 401, {"error": "Unauthorized"}
-        case errors.Forbidden():
-            return 403, {"error": str(error)}
-        case errors.NotFound():
-            return 404, {"error": str(error)}
-        case errors.Gone():
-            return 410, {"error": str(error)}
-        case errors.Stale():
-            return 409, {"error": str(error), **told(error.status, ours=False), "fence": "stale"}
-        case errors.Conflict():
-            return 409, {"error": str(error)} | (told(error.status) if error.status else {})
-        case errors.Full():
-            return 503, {"error": str(error)}
-        case errors.Unavailable():
-            # Its sentence may name a socket or a host.
-            return 503, {"error": "The store cannot be reached; try again."}
-        case _:
-            return 500, {"error": "Internal server error"}
+    """`{"error": sentence}`; of a conflict also where the task stands."""
+    status, sentence = plain(error)
+    body: Json = {"error": sentence}
+    if isinstance(error, errors.Stale):
+        body |= {**told(error.status, ours=False), "fence": "stale"}
+    elif isinstance(error, errors.Conflict) and error.status:
+        body |= told(error.status)
+    return status, body
 
 
 # Whose task it is

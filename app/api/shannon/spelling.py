@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from app import errors, events
+from app.answers import plain
 from app.errors import Conflict, Invalid, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Json, Submission, Usage
 from app.frames import Frame
@@ -727,35 +728,21 @@ def list_url(selection: Selection | None) -> str | None:
 
 
 def error_body(error: TaskcastError) -> tuple[int, Json]:
-    """`{"error": sentence}` (§1.0). Total: what nobody foresaw is a 500 that tells nothing of the inside."""
+    """`{"error": sentence}` (§1.0), and what upstream adds to it."""
+    status, sentence = plain(error)
+    body: Json = {"error": sentence}
     match error:
-        case errors.TooLarge():
-            return 413, {"error": str(error)}
-        case errors.Invalid():
-            return 400, {"error": str(error)}
-        case errors.Unauthorized():
-            return 401, {"error": "Unauthorized"}
-        case errors.Forbidden():
-            return 403, {"error": str(error)}
         case errors.Gone():
             numbers = {"earliest_seq": error.earliest, "latest_seq": error.latest} if error.latest else {}
-            return 410, {"error": GAPS.get(error.reason, str(error)), "reason": error.reason, **numbers}
+            body = {"error": GAPS.get(error.reason, sentence), "reason": error.reason, **numbers}
         case errors.NotFound():
-            return 404, {"error": str(error) or "Task not found"}
-        case errors.Conflict():
-            body: Json = {"error": str(error)}
-            if error.status in STATUS:
-                # Upstream's documents show these three on a 409 (§1.8); the UI reads `success`.
-                status = STATUS[Status(error.status)]
-                body |= {"success": False, "message": str(error), "status": status}
-            return 409, body
-        case errors.Full():
-            return 503, {"error": str(error)}
-        case errors.Unavailable():
-            # Its sentence may name a socket or a host.
-            return 503, {"error": "The store cannot be reached; try again."}
+            body = {"error": sentence or "Task not found"}
+        case errors.Conflict() if error.status in STATUS:
+            # Upstream's documents show these three on a 409 (§1.8); the UI reads `success`.
+            body |= {"success": False, "message": sentence, "status": STATUS[Status(error.status)]}
         case _:
-            return 500, {"error": "Internal server error"}
+            pass
+    return status, body
 
 
 def refused(verb: str, error: Conflict) -> Conflict:
