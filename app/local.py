@@ -1,12 +1,11 @@
 """The verbs that run here, on the store itself: serve, worker, keys, verify, rebuild. `remote.py` has the others.
 
-They read the settings (`TASKCAST_*`; options win) and open the store themselves. The file is long because each verb says its own settings, errors and screens; what
-runs child processes is in `supervisor.py`.
+They read the settings (`TASKCAST_*`; options win) and open the store themselves. The file is long because each verb says
+its own settings, errors and screens; what runs child processes is in `supervisor.py`.
 """
 
 import asyncio
 import fcntl
-import gc
 import re
 import shlex
 import shutil
@@ -34,7 +33,7 @@ from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER, Ide
 from app.ops import counted_together
 from app.remote import HERE
 from app.screen import print_columns
-from app.server import configure_logs, listen
+from app.server import collect_rarely, configure_logs, listen
 from app.server import run as run_api
 from app.settings import Settings
 from app.snapshots import Difference
@@ -358,9 +357,7 @@ async def _work(settings: Settings, modules: Sequence[str], queues: Sequence[str
     async with open_store(settings) as store:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        # As in the API: looking for cycles after each 700 new objects took a fifth of a short task's CPU (measured).
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 20)
+        collect_rarely()
         await runtime.run(store, handlers, stop=stop, queues=queues, slots=slots)
 
 

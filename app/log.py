@@ -1,6 +1,7 @@
 """The log: append, read, tail. One partition log per partition, one stream per task; both hold the same entries.
 
 The partition's log allocates the id, so that ids of different tasks compare; the task's stream keeps the history.
+The file is long because an entry is written and read back here alone, in both of its forms.
 """
 
 import hashlib

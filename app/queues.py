@@ -30,6 +30,7 @@ DUE_MAX = 200
 DUE_ROUNDS = 10
 """Looks of one tick: tasks that expired overnight stand before those that workers may have."""
 WAIT_ENDS = (events.ApprovalDecided, events.Reviewed, events.Resumed)
+"""What a worker that waits has to hear of; one that died before it did has only waited."""
 BACKOFF_SECONDS_MAX = 60
 FORGET_MAX = 200
 FOLLOW_MAX = 1000

@@ -2,7 +2,8 @@
 deny, approvals, delete.
 
 They use Shannon's API, and nothing of the store: this file imports neither, so that a verb answers at once
-(measured: 0.3 s, against 0.9 s with the store's and the server's libraries). The verbs share one client, its errors and its way of following a stream, and so one file.
+(measured: 0.3 s, against 0.9 s with the store's and the server's libraries). The verbs share one client, its errors and
+its way of following a stream, and so one file.
 """
 
 import ipaddress

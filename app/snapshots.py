@@ -1,6 +1,7 @@
 """Snapshots: what is true now. Reads one, lists many, proves them against the log, and makes them again from it.
 
-Everything here except `rebuild` only reads: the scripts that append write the snapshots.
+Everything here except `rebuild` only reads: the scripts that append write the snapshots. The file is long so that
+what is read, proved and made again is one description of the same keys.
 """
 
 import json

@@ -1,4 +1,7 @@
-"""What a handler holds while it works: `Context`, its words to the world and its questions to it."""
+"""What a handler holds while it works: `Context`, its words to the world and its questions to it.
+
+It is long because it is one vocabulary, twice: `Blocking` is the same for functions that run in a thread.
+"""
 
 import asyncio
 import hashlib

@@ -17,7 +17,8 @@ a released task does not.
 The fields of an event are those of `events.py`, for which `TYPES` has the names that a worker's author expects. Unknown
 fields are ignored, and `null` is as good as absent, as on all other routes.
 
-What this file must never do is take a task for a client that has left: it would wait out its lease.
+What this file must never do is take a task for a client that has left: it would wait out its lease. The
+file is long because a call's fields, bounds and answer stand beside each other: it is what authors of workers read.
 """
 
 import asyncio

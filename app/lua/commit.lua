@@ -94,8 +94,7 @@ end
 -- Sorted sets, all in one call, for each call costs more than what it does: the intersection with a set that never is
 -- looks at the type of each key, and at no member.
 local function touch_sets(names)
-  names[#names + 1] = key('none')
-  redis.call('ZINTERCARD', #names, unpack(names))
+  redis.call('ZINTERCARD', #names + 1, key('none'), unpack(names))
 end
 
 -- When the ticker has to look at the task: the earlier of its two deadlines, or nil.

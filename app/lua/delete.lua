@@ -24,8 +24,8 @@ for _, names in ipairs({
 end
 sets[#sets + 1] = key('ready', fields.queue)
 sets[#sets + 1] = key('ready-of', org .. ':' .. fields.queue)
-touch_sets({ unpack(lists) })
-touch_sets({ unpack(sets) })
+touch_sets(lists)
+touch_sets(sets)
 touch('hash', grave)
 if fields.session then
   touch('zset', key('sessions', org .. ':' .. (fields.owner or '')))

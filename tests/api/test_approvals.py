@@ -1,7 +1,6 @@
 """Approvals over HTTP: what waits for a human, and the human's decision, on a real store."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -11,26 +10,14 @@ from shannon import errors as sdk_errors
 
 from app import events
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER
-from app.settings import Settings
 from app.store import Store
 from app.task import Status
-from tests.api.asking import Connect, asking, claimed, tell
+from tests.api.asking import Connect, claimed, tell
 from tests.api.serving import Attempt, started
 
 TASKS, APPROVALS = "/api/v1/tasks", "/api/v1/approvals"
 UNKNOWN = (404, {"error": "Workflow or approval not found"})
 ASKED = events.ApprovalRequested(approval="ap1", reason="Deploy?", payload={"risk": "high"})
-
-
-@pytest.fixture
-async def connect(store: Store, settings: Settings) -> AsyncIterator[Connect]:
-    async with asking(store, settings) as connected:
-        yield connected
-
-
-@pytest.fixture
-async def client(connect: Connect) -> httpx.AsyncClient:
-    return await connect(key=DEVELOPMENT_KEY)
 
 
 async def asked(store: Store, event: events.AnyEvent = ASKED, **fields: Any) -> tuple[str, Attempt]:

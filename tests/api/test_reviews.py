@@ -1,7 +1,6 @@
 """Reviews over HTTP: a plan, what a human says of it, and the next plan, on a real store."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -15,23 +14,12 @@ from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG
 from app.settings import Settings
 from app.store import Store
 from app.task import Status
-from tests.api.asking import Connect, asking, tell
+from tests.api.asking import Connect, tell
 from tests.api.serving import Attempt, served, started
 from tests.waiting import wait_until
 
 TASKS = "/api/v1/tasks"
 UNKNOWN = (404, {"error": "Review session not found or expired"})
-
-
-@pytest.fixture
-async def connect(store: Store, settings: Settings) -> AsyncIterator[Connect]:
-    async with asking(store, settings) as connected:
-        yield connected
-
-
-@pytest.fixture
-async def client(connect: Connect) -> httpx.AsyncClient:
-    return await connect(key=DEVELOPMENT_KEY)
 
 
 def plan(version: int, text: str = "") -> events.ReviewRequested:

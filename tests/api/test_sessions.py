@@ -1,7 +1,6 @@
 """Sessions over HTTP, as the Shannon dialect speaks them, on a real store; then the real SDK's session methods."""
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
@@ -13,25 +12,13 @@ from app import events
 from app.api.shannon import sessions
 from app.events import AnyEvent, Usage
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER
-from app.settings import Settings
 from app.snapshots import Session
 from app.store import Store
-from tests.api.asking import Connect, asking, claimed, tell
+from tests.api.asking import Connect, claimed, tell
 
 SESSIONS = "/api/v1/sessions"
 USAGE = Usage(input_tokens=2, output_tokens=3, cost_nano=1_500_000)
 DONE = events.Completed(result="Because.", usage=USAGE)
-
-
-@pytest.fixture
-async def connect(store: Store, settings: Settings) -> AsyncIterator[Connect]:
-    async with asking(store, settings) as connected:
-        yield connected
-
-
-@pytest.fixture
-async def client(connect: Connect) -> httpx.AsyncClient:
-    return await connect(key=DEVELOPMENT_KEY)
 
 
 async def submitted(client: httpx.AsyncClient, session: str, query: str = "why?", **more: Any) -> str:

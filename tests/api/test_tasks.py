@@ -16,23 +16,12 @@ from app.events import AnyEvent, Submission, Usage
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER
 from app.settings import Settings
 from app.store import Store
-from tests.api.asking import Connect, asking, claimed, tell
+from tests.api.asking import Connect, claimed, tell
 from tests.waiting import wait_until
 
 TASKS = "/api/v1/tasks"
 USAGE = Usage(model="echo-1", provider="taskcast", input_tokens=2, output_tokens=3, cost_nano=1_500_000)
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-
-
-@pytest.fixture
-async def connect(store: Store, settings: Settings) -> AsyncIterator[Connect]:
-    async with asking(store, settings) as connected:
-        yield connected
-
-
-@pytest.fixture
-async def client(connect: Connect) -> httpx.AsyncClient:
-    return await connect(key=DEVELOPMENT_KEY)
 
 
 async def submitted(client: httpx.AsyncClient, query: str = "why?", **more: Any) -> str:

@@ -3,7 +3,8 @@
 A task is read by its organisation, and steered by its owner, or by anybody of the organisation when it is nobody's;
 what a caller may not see answers as 404 (contract §5, §6, §11). Conflicts of pause and resume are 409, as upstream's
 documents say (its gateway makes 502 of them), but a cancel that comes too late is 202 with `success: false`, because
-the SDK answers `False` to that and raises on everything else (§1.8).
+the SDK answers `False` to that and raises on everything else (§1.8). The routes share the parsing of a task's path and
+of a submission, and so one file.
 """
 
 import re
