@@ -221,7 +221,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             fields = {"query": event.query, "title": event.title, "submission": event.submission, "attempt": "0"}
             fields |= {"context": text(event.context), "extra": text(event.extra)}
             return Change(
-                set={name: value for name, value in fields.items() if value},
+                set=_present(fields),
                 add={"turn": 1},
                 clear=("started_at", "checkpoint", "internal_status", *ATTEMPTS),
                 later=_times(deadline=event.deadline_seconds),
@@ -246,7 +246,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             )
         case events.PauseAsked():
             fields = {"pause_reason": event.reason, "paused_by": event.actor}
-            return Change(set={name: value for name, value in fields.items() if value}, stamp=("paused_at",))
+            return Change(set=_present(fields), stamp=("paused_at",))
         case events.Paused():
             return Change(set={"checkpoint": text(event.state)} if event.state else {})
         case events.Resumed():
@@ -255,16 +255,14 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             request = text({"reason": event.reason, "payload": event.payload})
             fields = {"waits": f"approval:{event.approval}", "request": request}
             fields |= {"pause_reason": event.reason, "paused_by": event.actor}
-            return Change(set={name: value for name, value in fields.items() if value}, stamp=("paused_at",))
+            return Change(set=_present(fields), stamp=("paused_at",))
         case events.ApprovalDecided():
             return Change(guard={"waits": f"approval:{event.approval}"})
         case events.ReviewRequested():
             fields = {"waits": f"review:{event.version}", "plan": event.plan, "review": "reviewing"}
             fields |= {"review_round": str(event.round), "review_version": str(event.version), "paused_by": event.actor}
             guard = {"review_round": str(event.round - 1 or ""), "review_version": str(event.version - 1 or "")}
-            return Change(
-                guard=guard, set={name: value for name, value in fields.items() if value}, stamp=("paused_at",)
-            )
+            return Change(guard=guard, set=_present(fields), stamp=("paused_at",))
         case events.Reviewed():
             guard = {"waits": f"review:{event.version}"}
             return Change(guard=guard, set={"review": "approved"} if event.approved else {})
@@ -288,7 +286,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             return Change(set={"error": event.error}, follow="children")
         case events.Cancelled():
             fields = {"cancel_reason": event.reason, "cancelled_by": event.actor}
-            return Change(set={name: value for name, value in fields.items() if value}, follow="children")
+            return Change(set=_present(fields), follow="children")
         case events.Restated():
             fields = {"result": event.result or "", "internal_status": event.internal_status or ""}
             gone = [
@@ -300,7 +298,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             started = ("started_at",) if event.to == RUNNING and before is not RUNNING else ()
             stopped = event.to in {CANCELLED, TIMED_OUT} and before not in TERMINAL
             return Change(
-                set={name: value for name, value in fields.items() if value},
+                set=_present(fields),
                 clear=tuple(gone),
                 stamp=paused + started,
                 follow="children" if stopped else "",
@@ -313,6 +311,11 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             return Change(set=_model(event.usage), spend=_usage(event.usage), text="drop")
         case _:
             return Change()
+
+
+def _present(fields: Mapping[str, str]) -> dict[str, str]:
+    """In a snapshot an empty field is an absent one."""
+    return {name: value for name, value in fields.items() if value}
 
 
 def _submitted_fields(task: events.Submission) -> dict[str, str]:
@@ -339,7 +342,7 @@ def _submitted_fields(task: events.Submission) -> dict[str, str]:
         "submission": task.submission,
         "body_hash": task.body_hash,
     }
-    return {name: value for name, value in fields.items() if value}
+    return _present(fields)
 
 
 def _times(*, deadline: float = 0, delay: float = 0, ttl: float = 0) -> dict[str, int]:
@@ -349,7 +352,7 @@ def _times(*, deadline: float = 0, delay: float = 0, ttl: float = 0) -> dict[str
 
 def _model(usage: Usage | None) -> dict[str, str]:
     fields = {"model": usage.model, "provider": usage.provider} if usage else {}
-    return {name: value for name, value in fields.items() if value}
+    return _present(fields)
 
 
 def _usage(usage: Usage | None) -> dict[str, int]:

@@ -401,7 +401,6 @@ class Context:
             submission=id_,
         )
         await self._say(events.ChildSubmitted(task=child))
-        await self._unless_over(attempt.insist(attempt.store.queues.follow_up))
         return Child(self, id_)
 
     async def _again(self, id_: str, timeout_seconds: float) -> None:

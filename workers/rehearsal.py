@@ -98,7 +98,6 @@ class Rehearsal:
         """What the test got wrong, not the handler."""
         self._served, self._decide = served, decide
         self._children: dict[str, asyncio.Task[Run]] = {}
-        self._asked: list[Submission] = []
         self._attempt: Attempt | None = None
         self._add(events.Submitted(task=submission), 0)
 
@@ -155,7 +154,7 @@ class Rehearsal:
             case events.ChildSubmitted(task=child):
                 if child.queue not in self._served:
                     raise Misconfigured(f"No worker was given for the queue {child.queue}: run_task(…, children=[…]).")
-                self._asked.append(child)
+                self._children[child.id] = asyncio.create_task(_run(child, self._served, self._decide))
             case events.ApprovalRequested(approval=approval):
                 said_ = self._answer(event.reason)
                 decided = events.ApprovalDecided(
@@ -214,7 +213,5 @@ class Rehearsal:
         return None
 
     async def _follow_up(self) -> int:
-        asked, self._asked = self._asked, []
-        for one in asked:
-            self._children[one.id] = asyncio.create_task(_run(one, self._served, self._decide))
-        return len(asked)
+        """There is no other partition that could owe a sub-task."""
+        return 0
