@@ -81,6 +81,12 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     query: str = ""
     context: Json = {}
     mode: Short = ""
+    llm_provider: Short = ""
+    llm_model: Short = ""
+    llm_effort: Short = ""
+    """What the task is to be done with: as the request says, else as its agent's record did when it was accepted."""
+    output_schema: Json = {}
+    """JSON Schema, which a JSON result has to fit."""
     extra: Json = {}
     """What the dialect alone reads back."""
     trace: Short = ""
@@ -112,6 +118,12 @@ class Continued(Event, frozen=True, kw_only=True, tag="continued"):
     query: str = ""
     title: str = ""
     context: Json = {}
+    queue: Short = ""
+    """Empty: the same as before."""
+    llm_provider: Short = ""
+    llm_model: Short = ""
+    llm_effort: Short = ""
+    output_schema: Json = {}
     extra: Json = {}
     submission: str
     deadline_seconds: Seconds = 0
@@ -229,10 +241,17 @@ class Restated(Event, frozen=True, kw_only=True, tag="restated"):
     to: str = ""
     result: str | None = None
     internal_status: Annotated[str, Meta(max_length=255)] | None = None
+    stated: Json | None = None
+    """What the dialect alone reads back of this turn, whole."""
+    version: Annotated[int, Meta(ge=0, le=2**53 - 1)] = 0
+    """Of `stated`: one more than that of the one it replaces, or it is refused."""
+    usage: Usage | None = None
+    """Counts only when this ends the task."""
 
 
 class Deleted(Event, frozen=True, kw_only=True, tag="deleted"):
-    pass
+    children: bool = False
+    """Its sub-tasks go with it."""
 
 
 # Activity
@@ -407,3 +426,5 @@ class Entry(Struct, frozen=True, kw_only=True, gc=False):
     event: AnyEvent
     size: int
     """Bytes of the encoded event."""
+    after: dict[str, str] | None = None
+    """The snapshot's fields after it; None unless its reader folds."""

@@ -23,6 +23,7 @@ class Frame(Struct, frozen=True, gc=False):
     """One SSE event, as a dialect spells it."""
 
     event: str
+    """Empty: the frame has no such line."""
     data: Json | str
     """An object, or a text that is written as it is (`[DONE]`)."""
     id: str = ""
@@ -40,7 +41,9 @@ def encode(frame: Frame) -> bytes:
     if not (text.isascii() or isinstance(data, str)):  # ten times slower
         text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
     head = b"id: %b\n" % frame.id.encode() if frame.id else b""
-    return b"%bevent: %b\ndata: %b\n\n" % (head, frame.event.encode(), text)
+    if frame.event:
+        head += b"event: %b\n" % frame.event.encode()
+    return b"%bdata: %b\n\n" % (head, text)
 
 
 class Spelling:
@@ -49,11 +52,14 @@ class Spelling:
     def __init__(
         self,
         frames: Callable[[Entry], list[Frame]],
-        control: Callable[[Gap | Began | Reached | Ended], Frame],
+        control: Callable[[Gap | Began | Reached | Ended], Frame | None],
         types: frozenset[str],
         chunk: Callable[[bytes], bytes],
     ) -> None:
-        """`control`'s frames pass every filter; `types` empty: so does all else. `chunk` frames a piece of a body."""
+        """`control`'s frames pass every filter; `types` empty: so does all else. `chunk` frames a piece of a body.
+
+        `frames` gets entries with the state after them if their reader folds.
+        """
         self._frames, self._control, self._types = frames, control, types
         self.chunk = chunk
 
@@ -71,7 +77,8 @@ class Spelling:
         if not isinstance(item, Entry | Placed):
             if isinstance(item, Gap):
                 metrics.GAPS.labels(item.reason).inc()
-            return [self._control(item)]
+            told = self._control(item)
+            return [told] if told else []
         frames = self._frames(item if isinstance(item, Entry) else item.entry)
         if isinstance(item, Placed):
             frames = [replace(frame, id=item.cursor) if frame.id else frame for frame in frames]

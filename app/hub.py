@@ -277,6 +277,10 @@ class Hub:
         """Everything of a task after a cursor: an id, `seq:N`, or empty for the start."""
         return TaskReader(org, task, after, snapshot=snapshot, strict=strict)
 
+    def folded(self, org: str, task: str, since: int) -> TaskReader:
+        """Everything of a task from the entry of that number on, each with the state after it."""
+        return TaskReader(org, task, "", folded_from=since)
+
     def many(self, selection: Selection, after: str, *, strict: bool = False) -> ManyReader:
         return ManyReader(selection, self._partitions.tags, after, strict=strict)
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 DEPLOYMENT = "tc:deployment"
 """Hash: format, partitions, tags, epoch, secret. Made once, before everything else."""
 
-FORMAT = "3"
+FORMAT = "4"
 """Of the data; another one is refused at start."""
 
 
@@ -37,6 +37,7 @@ KINDS = (
     Kind("next-text", "string", "org:task", "192 KiB", "until deleted"),
     Kind("base", "hash", "org:task", "a snapshot", "until deleted"),
     Kind("base-text", "string", "org:task", "192 KiB", "until deleted"),
+    Kind("thread", "list", "org:task", "8 MiB, and its last turn's result", "until deleted"),
     Kind("index", "zset", "org:what[:value]", "one member per task", "until its last task is deleted"),
     Kind("sessions", "zset", "org:owner", "one member per session", "until its session is deleted"),
     Kind("totals", "hash", "org:owner:session", "3 counters, deleted_at", "until its last task is deleted"),

@@ -12,13 +12,14 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app import events, keys
 from app.connect import BLOCK_SECONDS, Arg, Door, Line
 from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
-from app.task import GONE, TERMINAL, Status, rows
+from app.task import GONE, TERMINAL, THREAD_BYTES_MAX, Snapshot, Status, apply, rows
 
 PAGE_ENTRIES = 500
 """Of history, per read; a page also ends at 1 MiB."""
@@ -224,12 +225,15 @@ class Log:
                 outcomes.append(refusal(code, one.event, answer[4].decode()))
         return outcomes
 
-    async def delete(self, org: str, task: str, *, actor: str = "", seen: bytes = b"") -> Appended:
+    async def delete(
+        self, org: str, task: str, *, actor: str = "", seen: bytes = b"", children: bool = False
+    ) -> Appended:
         """Removes the task and everything of it. `seen`: only if it ended at this score of the `ended` set.
+        `children`: its sub-tasks follow it.
 
         Raises NotFound, Stale.
         """
-        event = events.Deleted(actor=actor)
+        event = events.Deleted(actor=actor, children=children)
         place, head = self._place(org, task)
         args: list[Arg] = [*head, org, task, events.encode(event), rows(event), seen]
         answer = await self.door.run("delete", [place], args)
@@ -342,7 +346,7 @@ _head = msgspec.json.Decoder(Head).decode
 class Logged:
     """An entry of a partition's log: the header tells who may want it, before anybody parses the event."""
 
-    __slots__ = ("_entry", "_event", "ends", "gone", "head", "id", "number", "org", "seq", "spelled", "task")
+    __slots__ = ("_after", "_entry", "_event", "ends", "gone", "head", "id", "number", "org", "seq", "spelled", "task")
 
     def __init__(self, id_: bytes, fields: Sequence[bytes]) -> None:
         _, head, _, self._event = fields
@@ -356,6 +360,14 @@ class Logged:
         self.spelled: dict[Any, tuple[bytes, int]] = {}
         """What its readers get, by how they want it, and how many frames that is: made once for all of them."""
         self._entry: Entry | None = None
+        self._after: Snapshot | None = None
+
+    def fold(self, before: Snapshot) -> Snapshot:
+        """The state after this entry, which `entry` then holds too; made once for all its readers."""
+        if self._after is None:
+            self._after = apply(before, self.entry)
+            self._entry = replace(self.entry, after=self._after.fields)
+        return self._after
 
     @property
     def entry(self) -> Entry:
@@ -373,6 +385,20 @@ class Logged:
                 size=len(self._event),
             )
         return self._entry
+
+
+class Message(Struct, frozen=True, gc=False):
+    """An event that belongs to a task's conversation."""
+
+    seq: int
+    at: int
+    event: AnyEvent
+
+
+def message(raw: bytes) -> Message:
+    """An item of a thread."""
+    seq, at, event = raw.split(b" ", 2)
+    return Message(int(seq), int(at), events.decode(event))
 
 
 class LogPage(Struct, frozen=True, kw_only=True):
@@ -446,6 +472,8 @@ def refusal(code: str, event: AnyEvent, status: str) -> TaskcastError:
             return Conflict(_moved_on(event), status)
         case "text_full":
             return TooLarge(f"The task's text would exceed {events.TEXT_BYTES_MAX} bytes.")
+        case "thread_full":
+            return TooLarge(f"The task's conversation would exceed {THREAD_BYTES_MAX} bytes.")
         case _:
             return Conflict(f"A task that is {status.replace('_', ' ')} cannot be {name}.", status)
 
@@ -459,6 +487,8 @@ def _moved_on(event: AnyEvent) -> str:
             return "This approval is not pending."
         case events.ReviewRequested():
             return "The version and the round of a plan are one more than those of the task's last one."
+        case events.Restated():
+            return "What was stated of the task has changed meanwhile."
         case events.Reviewed():
             return "The plan has been updated, or was reviewed already: look at its latest version."
         case _:

@@ -288,6 +288,7 @@ class Queues:
             with suppress(Conflict):  # the id is taken: who asked for it sees whose it is
                 await self.log.submit(event.task, actor=event.actor)
             return []
+        deleted = isinstance(event, events.Deleted)
         why = event.to if isinstance(event, events.Restated) else events.tag(event)
         cancelled = events.Cancelled(
             actor="taskcast",
@@ -300,6 +301,10 @@ class Queues:
                 with suppress(Conflict, NotFound):
                     await self.log.append(org, child.decode(), cancelled, operation=f"with:{id_}:{seq}")
                     reached.append(keys.member(org, child.decode()))
+                if deleted:
+                    with suppress(NotFound):  # by somebody else, or by an earlier try
+                        await self.log.delete(org, child.decode(), actor="taskcast", children=True)
+                        reached.append(keys.member(org, child.decode()))
         return reached
 
     async def running(self) -> int:

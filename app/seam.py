@@ -18,11 +18,12 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app.errors import Gone, Invalid, NotFound
 from app.events import Entry, Submitted
 from app.log import Logged, LogPage, Page
-from app.task import OPEN, TERMINAL, Snapshot, Status
+from app.task import EMPTY, OPEN, TERMINAL, Snapshot, Status, apply
 
 PAGE_ENTRIES = 200
 """Of history, per read; a page also ends at 1 MiB."""
@@ -194,11 +195,25 @@ class Place:
 class TaskReader(Place):
     """Reads one task."""
 
-    __slots__ = ("_check", "_gap", "_start", "ended", "org", "sink", "strict", "task")
+    __slots__ = ("_check", "_gap", "_since", "_start", "_state", "ended", "org", "sink", "strict", "task")
 
-    def __init__(self, org: str, task: str, after: str, *, snapshot: bool = False, strict: bool = False) -> None:
-        """`snapshot`: begin with the present state. `strict`: a gap is an error, Gone."""
+    def __init__(
+        self,
+        org: str,
+        task: str,
+        after: str,
+        *,
+        snapshot: bool = False,
+        strict: bool = False,
+        folded_from: int | None = None,
+    ) -> None:
+        """`snapshot`: begin with the present state. `strict`: a gap is an error, Gone. `folded_from`: read the whole
+        history, and give the entries from that number on, each with the state after it.
+        """
         super().__init__(after)
+        assert folded_from is None or not (after or snapshot), "a fold begins where the history does"
+        self._state: Snapshot | None = None if folded_from is None else EMPTY
+        self._since = folded_from or 0
         self.org, self.task = org, task
         self.strict = strict
         self.ended = False
@@ -223,6 +238,9 @@ class TaskReader(Place):
     def rewind(self, mark: "Mark") -> None:
         """Back to where it was: what it gave since was not kept."""
         ((self.number, self.after),) = mark
+        if self._state is not None:
+            self._since = max(self._since, self.number + 1)
+            self.number, self.after, self._state = -1, "", EMPTY
         self.ended = False
         self.fall_behind()
 
@@ -245,6 +263,8 @@ class TaskReader(Place):
                 self.sink.give([Ended(last_id="", seq=one.seq - 1)])
                 return
             try:
+                if self._state is not None:
+                    self._state = one.fold(self._state)
                 self.sink.take(one)
             except Exception as error:  # noqa: BLE001 (it would be lost for this reader, and stop the others')
                 self.sink.failed(error)
@@ -278,7 +298,7 @@ class TaskReader(Place):
                 raise _gone(answer)
             self._gap = answer
             return []
-        items: list[Item] = [*answer.entries]
+        items = self._told(answer.entries)
         if answer.entries:
             self.after, self.number = answer.entries[-1].id, answer.entries[-1].seq
             if self.number < answer.last_seq:
@@ -287,9 +307,19 @@ class TaskReader(Place):
             self.after, self.number = answer.last_id, answer.last_seq
         if answer.status in TERMINAL:
             return [*items, *self._end(answer.last_id, answer.last_seq)]
-        if not items:
+        if not answer.entries:
             self.caught_up()
         return items
+
+    def _told(self, entries: Sequence[Entry]) -> list[Item]:
+        if self._state is None:
+            return [*entries]
+        told: list[Item] = []
+        for entry in entries:
+            self._state = apply(self._state, entry)
+            if entry.seq >= self._since:
+                told.append(replace(entry, after=self._state.fields))
+        return told
 
     def _begin(self, snapshot: Snapshot | None) -> list[Item]:
         """From a state; None: the task is gone, and the next page will say so."""
@@ -299,6 +329,10 @@ class TaskReader(Place):
         self.after, self.number = snapshot.fields["last_event_id"], int(snapshot.fields["last_seq"])
         if gap is None:
             return [Began(snapshot=snapshot, cursor=self.after)]
+        if self._state is not None:
+            self._state = snapshot
+            if self.number < self._since:  # nothing that was asked for is missing
+                return []
         latest = max(gap.last_seq, self.number)  # the snapshot was read after the page
         earliest = self.number + 1 if gap.gap == "trimmed" else gap.base_seq + 1
         return [Gap(reason=gap.gap, earliest=earliest, latest=latest, snapshot=snapshot)]

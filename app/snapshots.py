@@ -12,18 +12,20 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from app import keys
+from app import events, keys
 from app.connect import Arg, Door
 from app.errors import TaskcastError
-from app.events import Submitted
-from app.log import Partitions, entry, limits
+from app.log import Message, Partitions, entry, limits, message
 from app.settings import Settings
 from app.task import EMPTY, LEASED, OPEN, QUEUED, TERMINAL, Snapshot, Status, Task, apply, task
 
 WALK_MAX = 10_000
 """Steps of a filtered walk, and depth of a merged list; beyond, the total is marked as capped."""
 
-_LARGE = frozenset({"context", "extra", "result", "checkpoint", "request", "plan"})
+THREAD_PAGE = 100
+"""Messages per read: each may have 256 KiB."""
+
+_LARGE = frozenset({"context", "extra", "result", "checkpoint", "request", "plan", "output_schema", "stated"})
 LISTED = tuple(name for name in Task.__struct_fields__ if name not in _LARGE)
 """What a list reads of each task: everything but what may be large."""
 
@@ -80,6 +82,19 @@ class Snapshots:
         names = [keys.key(tag, kind, org, id_) for kind in kinds]
         raw = await self.door.run("snapshot", names, [], repeat=True, slow=True)
         return Snapshot(fields=_fields(raw[0]), text=raw[1]) if raw[0] else None
+
+    async def thread(self, org: str, id_: str) -> list[Message]:
+        """The task's conversation over all turns: its questions, tool calls and results; at most THREAD_BYTES_MAX, and
+        the last result. Empty: no such task.
+        """
+        return [message(item) async for item in self._thread(self.partitions.tag(org, id_), org, id_)]
+
+    async def _thread(self, tag: str, org: str, id_: str) -> AsyncIterator[bytes]:
+        name, seen = keys.key(tag, "thread", org, id_), 0
+        while raw := await self.door.read("LRANGE", name, seen, seen + THREAD_PAGE - 1):
+            seen += len(raw)
+            for item in raw:
+                yield item
 
     async def count(self) -> int:
         """How many tasks the store holds, over all organisations."""
@@ -191,7 +206,7 @@ class Snapshots:
                 folded = await self._fold(tag, org, id_)
                 if folded and folded.fields:
                     expected.add(tag, org, folded)
-            for kind in ("task", "text", "next", "next-text", "base", "base-text"):
+            for kind in ("task", "text", "next", "next-text", "base", "base-text", "thread"):
                 start = f"{keys.prefix(tag)}{kind}:"
                 async for name in self._scan(f"{start}*"):
                     if name.removeprefix(start) not in known:
@@ -204,7 +219,8 @@ class Snapshots:
         raw = await self.door.run("snapshot", names, [], repeat=True, slow=True)
         mark = Snapshot(fields=_fields(raw[0]), text=raw[1])
         passed: list[Snapshot] = []
-        folded = await self._fold(tag, org, id_, until=mark.fields.get("last_seq", ""), passed=passed)
+        said: list[bytes] = []
+        folded = await self._fold(tag, org, id_, until=mark.fields.get("last_seq", ""), passed=passed, said=said)
         stored = await self.snapshot(org, id_) or EMPTY
         if folded is None:
             return [Difference(id_, "its events have a hole, or are not a task's")]
@@ -215,6 +231,10 @@ class Snapshots:
             return [Difference(id_, f"its snapshot differs from its events in {', '.join(sorted(differing))}")]
         if stored.text != folded.text:
             return [Difference(id_, "its text differs from its events")]
+        thread = [item async for item in self._thread(tag, org, id_)]
+        size = sum(len(item.split(b" ", 2)[2]) for item in thread)
+        if thread[len(thread) - len(said) :] != said or size != int(folded.fields.get("thread_size", "0")):
+            return [Difference(id_, "its conversation differs from its events")]
         return []
 
     async def _verify_sets(self, tag: str, expected: "Expected") -> AsyncIterator[Difference]:
@@ -250,7 +270,8 @@ class Snapshots:
             expected = Expected(await self._forgotten(tag))
             tasks = [pair async for pair in self._tasks(tag)]
             for org, id_ in tasks:
-                folded = await self._fold(tag, org, id_)
+                said: list[bytes] = []
+                folded = await self._fold(tag, org, id_, said=said)
                 if folded is None:
                     damaged.append(id_)
                     continue
@@ -259,6 +280,10 @@ class Snapshots:
                 await self.door.call("DEL", text)
                 if folded.text:
                     await self.door.call("SET", text, folded.text)
+                # What was said before the retained events stands in the conversation alone.
+                first = int(said[0].split(b" ")[0]) if said else int(folded.fields["last_seq"]) + 1
+                kept = [item async for item in self._thread(tag, org, id_) if int(item.split(b" ")[0]) < first]
+                await self._write(keys.key(tag, "thread", org, id_), "RPUSH", [*kept, *said])
                 expected.add(tag, org, folded)
                 count += 1
             for pattern in ("index:*", "sessions:*", "totals:*", "ready:*", "ready-of:*"):
@@ -285,11 +310,18 @@ class Snapshots:
             await self.door.call(command, name, *words[i : i + 2000])
 
     async def _fold(
-        self, tag: str, org: str, id_: str, *, until: str = "", passed: list[Snapshot] | None = None
+        self,
+        tag: str,
+        org: str,
+        id_: str,
+        *,
+        until: str = "",
+        passed: list[Snapshot] | None = None,
+        said: list[bytes] | None = None,
     ) -> Snapshot | None:
         """The fold of the task's stream over its base; None when it cannot be folded.
 
-        The state at the entry numbered `until` is put into `passed`.
+        The state at the entry numbered `until` is put into `passed`, and what belongs to the conversation into `said`.
         """
         snapshot = await self.snapshot(org, id_, base=True) or EMPTY
         seq = int(snapshot.fields.get("last_seq", "0"))
@@ -297,11 +329,14 @@ class Snapshots:
         try:
             while raw := await self.door.read("XRANGE", keys.key(tag, "events", org, id_), after, "+", "COUNT", 100):
                 for raw_id, fields in raw:
-                    found = entry(id_, raw_id, _flat_bytes(fields))
+                    flat = _flat_bytes(fields)
+                    found = entry(id_, raw_id, flat)
                     # A reused id goes on from its tombstone: its first event need not be number 1.
-                    if found.seq != seq + 1 and (seq or not isinstance(found.event, Submitted)):
+                    if found.seq != seq + 1 and (seq or not isinstance(found.event, events.Submitted)):
                         return None
-                    snapshot, seq = apply(snapshot, found), found.seq
+                    before, snapshot, seq = snapshot.fields.get("thread_size"), apply(snapshot, found), found.seq
+                    if said is not None and snapshot.fields.get("thread_size") != before:
+                        said.append(b"%d %d %b" % (found.seq, found.at, flat[flat.index(b"event") + 1]))
                     if passed is not None and snapshot.fields.get("last_seq") == until:
                         passed.append(snapshot)
                     after = f"({found.id}"

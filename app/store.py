@@ -1,4 +1,5 @@
-"""The one door to the store for everybody above: submit append extend delete, get list events follow, claim renew watch.
+"""The one door to the store for everybody above: submit append extend delete, get list thread events follow, claim
+renew watch.
 
 Nobody above this file says Redis; nobody below it says HTTP.
 """
@@ -29,9 +30,9 @@ class Store:
         self.snapshots = Snapshots(door, partitions, settings)
         self.queues = Queues(door, partitions, settings, self.log)
         self.hub = Hub(door, partitions, self.log, self.snapshots)
-        self.submit, self.delete = self.log.submit, self.log.delete
+        self.submit = self.log.submit
         self.events = self.log.read
-        self.get, self.list = self.snapshots.get, self.snapshots.list
+        self.get, self.list, self.thread = self.snapshots.get, self.snapshots.list, self.snapshots.thread
         self.claim, self.renew = self.queues.claim, self.queues.renew
         self.watch = self.hub.watch
 
@@ -61,6 +62,13 @@ class Store:
         if any(isinstance(one.event, FOLLOWED) for one in batch[: len(answers)]):
             await self._follow_up(org, task)
         return answers
+
+    async def delete(self, org: str, task: str, *, actor: str = "", children: bool = False) -> Appended:
+        """`Log.delete`; `children`: with all its sub-tasks, as far as they can be reached at once."""
+        deleted = await self.log.delete(org, task, actor=actor, children=children)
+        if children:
+            await self._follow_up(org, task)
+        return deleted
 
     async def _follow_up(self, org: str, task: str) -> None:
         with suppress(Unavailable):

@@ -5,9 +5,8 @@ snapshot; the script gets those rows as arguments and holds no rule of its own; 
 Python. A property test keeps the two equal: the snapshot in Redis is the fold of the task's stream.
 No I/O here. The file is long so that no rule about states stands anywhere else.
 
-Where it differs from the design: fields that take the script's own time are named apart (`stamp`, `later`)
-instead of by placeholders such as `@at` among the values, which a user's text could imitate; and a thread of messages,
-which only xpander's dialect reads, is not kept yet.
+Where it differs from the design: fields that take the script's own time or number are named apart (`stamp`, `later`,
+`number`) instead of by placeholders such as `@at` among the values, which a user's text could imitate.
 
 Snapshots are flat: field name → text, as in the Redis hash, so that equal means equal byte for byte.
 Counters are whole numbers. An entry also sets, without any row: `last_seq`, `last_event_id`, `updated_at`,
@@ -124,8 +123,12 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Fields that take the entry's own time, in µs."""
     later: dict[str, int] = {}
     """Fields that take the entry's own time plus so many µs."""
+    number: tuple[str, ...] = ()
+    """Fields that take the entry's own seq."""
     text: str = ""
     """`append` this event's text; `drop` its agent's text; `clear` everybody's."""
+    thread: str = ""
+    """`add` the event to the conversation; `bounded`: unless that has THREAD_BYTES already."""
     ready: str = ""
     """`add` to, or `remove` from, the queue."""
     lease: str = ""
@@ -138,7 +141,7 @@ class Change(Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A field: if the task has it, the event has a follow-up in other partitions (`queues.Queues.follow_up`)."""
 
 
-FOLLOWED = (events.ChildSubmitted, events.Cancelled, events.TimedOut, events.Restated)
+FOLLOWED = (events.ChildSubmitted, events.Cancelled, events.TimedOut, events.Restated, events.Deleted)
 """The events whose changes may name a `follow`."""
 ENDED = ("deadline_at", "expires_at", "error", "result", "result_type", "finished_at", "cancel_reason", "cancelled_by")
 PAUSE = ("paused_at", "pause_reason", "paused_by", "waits", "request")
@@ -149,6 +152,13 @@ ATTEMPT = ("progress", "ready_at")
 """What one attempt leaves that the next one must not find."""
 ATTEMPTS = (*ATTEMPT, "refunds", "plan", "review", "review_round")
 """What all attempts of a turn leave that the next turn, or an explicit retry, must not find."""
+TURN = (
+    *("title", "query", "context", "extra", "llm_provider", "llm_model", "llm_effort", "output_schema"),
+    *("started_at", "checkpoint", "internal_status", "stated", "stated_version"),
+)
+"""What a turn was asked, and what it leaves, that the next one must not find."""
+THREAD_BYTES_MAX = 8 * 1024 * 1024
+"""Of a conversation's events, over all turns; beyond it tool calls and new turns are refused, results are not."""
 MAX_ATTEMPTS = 3
 """Of a task of which neither its submission nor its worker's function says how many."""
 
@@ -215,17 +225,20 @@ def _effects(event: AnyEvent, before: Status) -> Change:
                 set=_submitted_fields(task),
                 stamp=("created_at",),
                 later=_times(deadline=task.deadline_seconds, delay=task.delay_seconds, ttl=task.ttl_seconds),
+                thread="add",
                 due="set" if task.deadline_seconds or task.ttl_seconds else "",
             )
         case events.Continued():
             fields = {"query": event.query, "title": event.title, "submission": event.submission, "attempt": "0"}
-            fields |= {"context": text(event.context), "extra": text(event.extra)}
+            fields |= {"queue": event.queue, **_particulars(event)}
             return Change(
                 set=_present(fields),
                 add={"turn": 1},
-                clear=("started_at", "checkpoint", "internal_status", *ATTEMPTS),
+                clear=tuple(name for name in (*TURN, *ATTEMPTS) if not fields.get(name)),
                 later=_times(deadline=event.deadline_seconds),
+                number=("turn_seq",),
                 text="clear",
+                thread="bounded",
                 due="set" if event.deadline_seconds else "",
             )
         case events.Retried():
@@ -279,7 +292,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             return Change(add={"children": 1}, follow="id")
         case events.Completed():
             fields = {"result": event.result, "result_type": event.result_type, "progress": "1"}
-            return Change(set={**fields, **_model(event.usage)}, spend=_usage(event.usage))
+            return Change(set={**fields, **_model(event.usage)}, spend=_usage(event.usage), thread="add")
         case events.Failed() | events.Errored():
             return Change(set={"error": event.error})
         case events.TimedOut():
@@ -296,13 +309,23 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             ]
             paused = ("paused_at",) if event.to in {PAUSED, HELD} and before not in {PAUSED, HELD} else ()
             started = ("started_at",) if event.to == RUNNING and before is not RUNNING else ()
-            stopped = event.to in {CANCELLED, TIMED_OUT} and before not in TERMINAL
+            ends = event.to in TERMINAL and before not in TERMINAL
+            if event.stated is not None:
+                fields |= {"stated": text(event.stated), "stated_version": str(event.version)}
             return Change(
-                set=_present(fields),
+                guard={"stated_version": str(event.version - 1 or "")} if event.stated is not None else {},
+                set=_present(fields | (_model(event.usage) if ends else {})),
+                spend=_usage(event.usage) if ends else {},
                 clear=tuple(gone),
                 stamp=paused + started,
-                follow="children" if stopped else "",
+                # Re-opened, it may end once more: so that too is counted.
+                thread="add" if ends and event.result else "bounded" if before in TERMINAL and event.to else "",
+                follow="children" if ends and event.to in {CANCELLED, TIMED_OUT} else "",
             )
+        case events.Deleted():
+            return Change(follow="children" if event.children else "")
+        case events.ToolCalled() | events.ToolReturned():
+            return Change(thread="bounded")
         case events.Progressed():
             return Change(set={"progress": f"{event.fraction:.6g}"})
         case events.TextDelta():
@@ -333,16 +356,25 @@ def _submitted_fields(task: events.Submission) -> dict[str, str]:
         "dialect": task.dialect,
         "title": task.title,
         "query": task.query,
-        "context": text(task.context) if task.context else "",
         "mode": task.mode,
-        "extra": text(task.extra) if task.extra else "",
         "trace": task.trace,
         "turn": "1",
         "max_attempts": str(task.max_attempts or ""),
         "submission": task.submission,
         "body_hash": task.body_hash,
     }
-    return _present(fields)
+    return _present(fields | _particulars(task))
+
+
+def _particulars(asked: events.Submission | events.Continued) -> dict[str, str]:
+    """What is the same in a task's first turn and in a later one."""
+    documents = {"context": asked.context, "extra": asked.extra, "output_schema": asked.output_schema}
+    return {
+        "llm_provider": asked.llm_provider,
+        "llm_model": asked.llm_model,
+        "llm_effort": asked.llm_effort,
+        **{name: text(value) if value else "" for name, value in documents.items()},
+    }
 
 
 def _times(*, deadline: float = 0, delay: float = 0, ttl: float = 0) -> dict[str, int]:
@@ -399,7 +431,10 @@ CONSTANT: frozenset[type[Event]] = frozenset(
 
 @lru_cache
 def _constant_rows(kind: type[AnyEvent]) -> bytes:
-    change = Change(text="append") if kind is events.TextDelta else Change()
+    change = Change(
+        text="append" if kind is events.TextDelta else "",
+        thread="bounded" if kind in {events.ToolCalled, events.ToolReturned} else "",
+    )
     return msgspec.json.encode([Row(tuple(before.value for before in TABLE[kind]), change)])
 
 
@@ -466,6 +501,10 @@ def apply(snapshot: Snapshot, entry: Entry) -> Snapshot:
         fields[name] = str(entry.at)
     for name, micros in change.later.items():
         fields[name] = str(entry.at + micros)
+    for name in change.number:
+        fields[name] = str(entry.seq)
+    if change.thread:
+        fields["thread_size"] = str(int(fields.get("thread_size", "0")) + entry.size)
     if change.status:
         fields["status"] = change.status
     if entry.n:
@@ -523,6 +562,13 @@ class Task(Struct, frozen=True, kw_only=True):
     context: Json = {}
     extra: Json = {}
     mode: str = ""
+    llm_provider: str = ""
+    llm_model: str = ""
+    llm_effort: str = ""
+    output_schema: Json = {}
+    stated: Json = {}
+    """What an owner stated of this turn for its own dialect."""
+    stated_version: int = 0
     trace: str = ""
     body_hash: str = ""
     internal_status: str = ""
@@ -531,6 +577,8 @@ class Task(Struct, frozen=True, kw_only=True):
     """What its worker asked for; 0: as the store's settings say."""
     priority: int = 0
     turn: int = 1
+    turn_seq: int = 0
+    """Of the entry with which the present turn began; 0: of the first one."""
     attempt: int = 0
     max_attempts: int = MAX_ATTEMPTS
     refunds: int = 0
@@ -539,6 +587,7 @@ class Task(Struct, frozen=True, kw_only=True):
     fence: int = 0
     n: int = 0
     size: int = 0
+    thread_size: int = 0
     queued_at: int = 0
     started_at: int = 0
     finished_at: int = 0
@@ -586,7 +635,7 @@ class Task(Struct, frozen=True, kw_only=True):
         return self.input_tokens + self.output_tokens
 
 
-_JSON_FIELDS = ("context", "extra", "checkpoint", "request")
+_JSON_FIELDS = ("context", "extra", "checkpoint", "request", "output_schema", "stated")
 
 
 def task(fields: Mapping[str, str]) -> Task:

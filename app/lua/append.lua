@@ -3,7 +3,7 @@
 -- a set and the score in it that the caller saw (both '' without), submission (of a new turn, else ''); then per event
 -- its producer number ('' without), type, event, rows.
 -- Answers one reply per event that was looked at: {code, then where the task stands}. Codes: ok · duplicate · not_found
--- · stale · out_of_order · conflict · guarded · text_full · sum_full.
+-- · stale · out_of_order · conflict · guarded · text_full · thread_full · sum_full.
 local org, id, fence, operation = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local set, score, submission = ARGV[7], ARGV[8], ARGV[9]
 local fields = load(org, id)

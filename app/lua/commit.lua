@@ -12,6 +12,7 @@ EVENTS_PER_MARK, BYTES_PER_MARK = tonumber(EVENTS_PER_MARK), tonumber(BYTES_PER_
 LOG_BYTES_PER_MARK = tonumber(LOG_BYTES_PER_MARK)
 local LOG_MARKS = 64
 local TEXT_BYTES = 196608
+local THREAD_BYTES = 8388608
 local WAKE_TOKENS = 64
 local QUEUES = 200
 -- The largest whole number that Lua holds exactly.
@@ -40,7 +41,7 @@ end
 local NAMES = { 'status', 'last_seq', 'size', 'fence', 'attempt', 'n', 'owner', 'user', 'agent', 'session', 'parent',
   'trigger', 'queue', 'priority', 'created_at', 'ready_at', 'deadline_at', 'internal_status', 'text_agent',
   'submission', 'body_hash', 'id', 'last_event_id', 'max_attempts', 'refunds', 'expires_at', 'waits', 'children',
-  'review_round', 'review_version' }
+  'review_round', 'review_version', 'stated_version', 'thread_size' }
 
 -- The fields of a snapshot that scripts look at; nil when there is no such task.
 local function load(org, id)
@@ -112,6 +113,7 @@ local function prepare(plan)
   plan.task, plan.events, plan.text = key('task', task), key('events', task), key('text', task)
   plan.next, plan.base = key('next', task), key('base', task)
   plan.next_text, plan.base_text = key('next-text', task), key('base-text', task)
+  plan.thread = key('thread', task)
   plan.member = org .. '/' .. id
 
   for name, value in pairs(change.guard or {}) do
@@ -138,6 +140,11 @@ local function prepare(plan)
   touch('list', key('marks'))
   touch('stream', plan.events)
   if change.text then touch('string', plan.text) end
+  if change.thread then
+    touch('list', plan.thread)
+    plan.thread_size = tonumber(before.thread_size or '0') + #plan.event
+    if change.thread == 'bounded' and plan.thread_size > THREAD_BYTES then return 'thread_full' end
+  end
   local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
   plan.marks = plan.seq - marked_seq >= EVENTS_PER_MARK or plan.size - marked_size >= BYTES_PER_MARK
   if plan.marks then
@@ -261,6 +268,12 @@ local function log_entry(plan, before, after)
   return id, at
 end
 
+local function follow_up(plan)
+  if plan.followup then
+    redis.call('RPUSH', plan.followup, plan.member .. '/' .. digits(plan.seq) .. ' ' .. plan.event)
+  end
+end
+
 local function write(plan)
   local change, after = plan.change, plan.after
   local id, at = log_entry(plan, plan.fields.status or 'new', after.status)
@@ -290,6 +303,11 @@ local function write(plan)
   set('fence', after.fence)
   set('attempt', after.attempt)
   if plan.n ~= '' then set('n', plan.n) end
+  for _, name in ipairs(change.number or {}) do set(name, digits(plan.seq)) end
+  if change.thread then
+    redis.call('RPUSH', plan.thread, digits(plan.seq) .. ' ' .. stamp .. ' ' .. plan.event)
+    set('thread_size', digits(plan.thread_size))
+  end
   write_text(plan, set)
   redis.call('HSET', plan.task, unpack(pairs_))
   for name, count in pairs(change.add or {}) do
@@ -330,9 +348,7 @@ local function write(plan)
   elseif change.due and due_of(plan.fields) then
     redis.call('ZREM', key('due'), plan.member)
   end
-  if plan.followup then
-    redis.call('RPUSH', plan.followup, plan.member .. '/' .. digits(plan.seq) .. ' ' .. plan.event)
-  end
+  follow_up(plan)
 
   if change.ended == 'add' then
     local ends = redis.call('ZADD', key('ended'), stamp, plan.member) == 1 -- else it had ended before

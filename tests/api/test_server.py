@@ -130,7 +130,7 @@ async def test_data_of_another_format_is_one_clear_sentence(
     process = await asyncio.create_subprocess_exec(*command, cwd=Path(__file__).parents[2])
     assert await process.wait() == 2
     said = capfd.readouterr().err.splitlines()[-1]
-    assert said == "The store's data has format 0; this version of Taskcast reads format 3."
+    assert said == "The store's data has format 0; this version of Taskcast reads format 4."
 
 
 @pytest.mark.parametrize(("error", "seconds"), [(Unavailable("gone"), "1"), (Full("no room"), "30")])
