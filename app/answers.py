@@ -1,4 +1,7 @@
-"""What the answers of all HTTP surfaces have in common: the status of an error, and the sentence that may be told."""
+"""What the answers of all HTTP surfaces have in common: the status of an error, the sentence that may be told, times."""
+
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from app import errors
 from app.errors import TaskcastError
@@ -26,3 +29,16 @@ def plain(error: TaskcastError) -> tuple[int, str]:
     if isinstance(error, errors.Unavailable) and not isinstance(error, errors.Full):
         return status, "The store cannot be reached; try again."  # its own sentence may name a socket or a host
     return status, str(error)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def clock(micros: int) -> str:
+    """RFC 3339 in UTC, always with six digits, so that texts compare like times."""
+    return f"{_second(micros // 1_000_000)}.{micros % 1_000_000:06d}Z"
+
+
+@lru_cache(maxsize=256)
+def _second(seconds: int) -> str:
+    return (_EPOCH + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()

@@ -77,6 +77,8 @@ class Submission(Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: Annotated[int, Meta(ge=0, le=2)] = 0
     """0 normal, 1 before those of the last minute, 2 before those of the last ten minutes."""
     dialect: Short = ""
+    source: Short = ""
+    """Through what it came, in the submitter's own word: `api`, `sdk`, `webhook` …"""
     title: str = ""
     query: str = ""
     context: Json = {}
@@ -236,10 +238,14 @@ class Reviewed(Event, frozen=True, kw_only=True, tag="reviewed"):
 
 
 class Restated(Event, frozen=True, kw_only=True, tag="restated"):
-    """An owner set the state without an attempt. `None`: unchanged; an empty `result` clears it."""
+    """An owner set the state without an attempt. `None`: unchanged; an empty text clears it."""
 
     to: str = ""
     result: str | None = None
+    """With `failed` and `errored` it is the error."""
+    result_type: str = ""
+    """As of Completed."""
+    title: str | None = None
     internal_status: Annotated[str, Meta(max_length=255)] | None = None
     stated: Json | None = None
     """What the dialect alone reads back of this turn, whole."""

@@ -301,12 +301,12 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             fields = {"cancel_reason": event.reason, "cancelled_by": event.actor}
             return Change(set=_present(fields), follow="children")
         case events.Restated():
-            fields = {"result": event.result or "", "internal_status": event.internal_status or ""}
-            gone = [
-                name
-                for name, value in (("result", event.result), ("internal_status", event.internal_status))
-                if value == ""
-            ]
+            outcome = "error" if event.to in {FAILED, ERRORED} else "result"
+            stated = {outcome: event.result, "internal_status": event.internal_status, "title": event.title}
+            fields = {name: value for name, value in stated.items() if value}
+            gone = [name for name, value in stated.items() if value == ""]
+            if event.result and outcome == "result":
+                fields["result_type"] = event.result_type or "text"
             paused = ("paused_at",) if event.to in {PAUSED, HELD} and before not in {PAUSED, HELD} else ()
             started = ("started_at",) if event.to == RUNNING and before is not RUNNING else ()
             ends = event.to in TERMINAL and before not in TERMINAL
@@ -354,6 +354,7 @@ def _submitted_fields(task: events.Submission) -> dict[str, str]:
         "queue": task.queue,
         "priority": str(task.priority),
         "dialect": task.dialect,
+        "source": task.source,
         "title": task.title,
         "query": task.query,
         "mode": task.mode,
@@ -557,6 +558,7 @@ class Task(Struct, frozen=True, kw_only=True):
     parent: str = ""
     trigger: str = ""
     dialect: str = ""
+    source: str = ""
     title: str = ""
     query: str = ""
     context: Json = {}

@@ -15,6 +15,7 @@ LAYERS = [
         "app.identity",
         "app.limits",
         "app.answers",
+        "app.requests",
         "app.claims",
         "app.frames",
         "app.streams",

@@ -11,13 +11,12 @@ import msgspec
 import pytest
 
 from app import errors, events
-from app.api.shannon import spelling
+from app.answers import clock
 from app.api.shannon.spelling import (
     ASKED,
     RAW,
     SSE_NAME,
     STATUS,
-    clock,
     control,
     error_body,
     event_body,
@@ -761,5 +760,5 @@ def test_a_refused_control_speaks_upstreams_words(verb: str, status: Status, sen
 
 
 def test_times_are_utc_with_microseconds() -> None:
-    assert spelling.clock(0) == "1970-01-01T00:00:00.000000Z"
-    assert spelling.clock(AT + 1) == "2025-10-22T10:30:00.000001Z"
+    assert clock(0) == "1970-01-01T00:00:00.000000Z"
+    assert clock(AT + 1) == "2025-10-22T10:30:00.000001Z"

@@ -17,22 +17,13 @@ from starlette.routing import Route
 
 from app import events
 from app.api.shannon.history import open_history
-from app.api.shannon.spelling import json_of, waiting_item
-from app.api.shannon.tasks import (
-    actor,
-    idempotency_key,
-    may_steer,
-    number,
-    operation_of,
-    read_body,
-    reply,
-    said_before,
-    store_of,
-)
+from app.api.shannon.spelling import waiting_item
+from app.api.shannon.tasks import idempotency_key, may_steer, number, operation_of, said_before
 from app.errors import Conflict, Invalid, NotFound
 from app.events import Json
 from app.identity import caller
 from app.log import canonical_hash
+from app.requests import actor, json_of, read_body, reply, store_of
 from app.snapshots import LISTED
 from app.store import Store
 

@@ -1,33 +1,20 @@
-"""A task's history over HTTP: read page by page after a client's cursor, and waited for.
+"""A task's history over HTTP: what a client's cursor means, how long it may wait, and its pages, read one by one."""
 
-A request that waits is bounded as a stream is: it holds a place among the open streams, follows its task as they do,
-and goes when the server drains, when its client has left, and when its time is over. Who may not wait, or not so long,
-is answered with what there is, and told to come back.
-
-What this file must never do is poll.
-"""
-
-import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
-from app import metrics
 from app.api.shannon.streams import of_task, parse_cursor
 from app.errors import Gone, Invalid, NotFound
-from app.events import AnyEvent, Entry, Json
-from app.identity import caller
+from app.events import Entry, Json
 from app.log import PAGE_ENTRIES, Page
 from app.seam import order
 from app.store import Store
-from app.streams import Streams, Visitor
 from app.task import TERMINAL
 
 WAIT_SECONDS_MAX = 60.0
 """The usual proxies give up on a silent answer after as long: who sits behind one asks for less."""
-LATER = {"Retry-After": "1"}
-"""Of an answer that came before its time."""
 _SECONDS = re.compile(r"[0-9]{1,18}(?:\.[0-9]{1,18})?(?:[eE][+-]?[0-9]{1,2})?")
 
 
@@ -119,57 +106,3 @@ async def open_history(
     if first.gap and strict:
         raise Gone(first.gap, first.base_seq + 1, first.last_seq)
     return History(store, org, task, after, first, page)
-
-
-# Waiting
-
-
-Until = Callable[[AnyEvent], bool]
-
-
-async def changed(request: Request, task: str, after: str, seconds: float, until: Until = lambda _: True) -> bool:
-    """Returns when a task has an entry after that cursor, one that `until` wants, or has ended or is deleted; or when
-    the time is over.
-
-    False: it may not wait, or not so long. Raises NotFound, Unavailable, TooLarge, ClientDisconnect.
-    """
-    who, store = caller(request), request.app.state.store
-    streams: Streams = request.app.state.streams
-    refusal = streams.refusal(who.key)
-    if refusal:
-        metrics.STREAMS_ABORTED.labels(refusal).inc()
-        return False
-    visitor = Visitor(lambda: None)
-    with streams.holding(visitor, who.key):
-        following = asyncio.create_task(_change(store, who.org, task, after, until), name="wait")
-        hearing = asyncio.create_task(_hear(request), name="hear")
-        try:
-            await asyncio.wait(
-                (following, hearing, visitor.leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-            if following.done():
-                following.result()
-            elif hearing.done():
-                hearing.result()
-                raise ClientDisconnect
-        finally:
-            following.cancel()
-            hearing.cancel()
-            await asyncio.gather(following, hearing, return_exceptions=True)
-    if visitor.leaving.done():
-        metrics.STREAMS_ABORTED.labels("draining").inc()
-    return not visitor.leaving.done()
-
-
-async def _change(store: Store, org: str, task: str, after: str, until: Until) -> None:
-    async with store.follow(org, task, after) as pull:
-        async for items in pull:
-            # What is no entry says that the task has ended, or has moved on too far to be followed.
-            if any(until(item.event) if isinstance(item, Entry) else True for item in items):
-                return
-
-
-async def _hear(request: Request) -> None:
-    """Throws away what the client says (it is bounded below), and returns when it leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -17,13 +17,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
-from app.api.shannon.history import LATER, changed, open_history
-from app.api.shannon.spelling import REVIEW, clock, json_of
-from app.api.shannon.tasks import actor, may_steer, read_body, reply, store_of, task_id
+from app.answers import clock
+from app.api.shannon.history import open_history
+from app.api.shannon.spelling import REVIEW
+from app.api.shannon.tasks import may_steer, task_id
 from app.errors import Conflict, Forbidden, Invalid, NotFound
 from app.events import Json
 from app.identity import caller
 from app.log import random_id
+from app.requests import LATER, actor, changed, json_of, read_body, reply, store_of
 from app.store import Store
 from app.task import Task
 

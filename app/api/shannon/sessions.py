@@ -14,12 +14,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
+from app.answers import clock
 from app.api.shannon.history import open_history
-from app.api.shannon.spelling import UNLISTED, WORD, clock, event_body, json_of, raw_type, usd
-from app.api.shannon.tasks import CONTROL_BYTES_MAX, OFFSET_MAX, number, read_body, reply, store_of
+from app.api.shannon.spelling import UNLISTED, WORD, event_body, raw_type, usd
+from app.api.shannon.tasks import CONTROL_BYTES_MAX, OFFSET_MAX, number
 from app.errors import Invalid, NotFound, TooLarge
 from app.events import Json
 from app.identity import Identity, caller
+from app.requests import json_of, read_body, reply, store_of
 from app.snapshots import LISTED, Session
 from app.store import Store
 from app.task import Status, Task, text

@@ -10,8 +10,8 @@ difference between the two would show.
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, assert_never, get_args
 from urllib.parse import urlencode
@@ -21,12 +21,13 @@ import msgspec
 from msgspec import Struct
 
 from app import errors, events
-from app.answers import plain
-from app.errors import Conflict, Invalid, TaskcastError, TooLarge
+from app.answers import clock, plain
+from app.errors import Conflict, Invalid, TaskcastError
 from app.events import AnyEvent, Entry, Json, Submission, Usage
 from app.frames import Frame
 from app.identity import Identity
 from app.log import canonical_hash, random_id, task_id_of
+from app.requests import json_of, too_large
 from app.seam import Began, Ended, Gap, Reached, Selection
 from app.task import STORED, Snapshot, Status, Task, task
 
@@ -66,9 +67,6 @@ PROVIDERS = (
 
 SUBMISSION_BYTES_MAX = events.EVENT_BYTES_MAX
 """Of a request body; upstream takes 40 MiB, because files travel in it."""
-DEPTH_MAX = 100
-"""Of nested JSON. What is stored is decoded again in many places, each with less of Python's stack left than this one
-may have had (1,000 levels in all)."""
 TIMEOUT_SECONDS_MAX = 86_400
 """A day: whatever runs longer needs no deadline, but a human."""
 TTL_SECONDS_MAX = 7 * 86_400
@@ -180,35 +178,6 @@ def _delay_seconds(run_at: str) -> float:
     if seconds > DELAY_SECONDS_MAX:
         raise Invalid("run_at out of range (at most 10 years ahead)")
     return max(0.0, seconds)
-
-
-def json_of(body: bytes) -> Any:
-    """Raises Invalid."""
-    try:
-        value = msgspec.json.decode(body)
-    except RecursionError as error:
-        raise _too_deep() from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Invalid(f"Invalid request body: {error}") from error
-    level, depth = _containers([value]), 0
-    while level:
-        if depth == DEPTH_MAX:
-            raise _too_deep()
-        level = [inner for one in level for inner in _containers(one.values() if isinstance(one, dict) else one)]
-        depth += 1
-    return value
-
-
-def _too_deep() -> Invalid:
-    return Invalid(f"Invalid request body: nested too deeply (max {DEPTH_MAX} levels)")
-
-
-def _containers(values: Iterable[Any]) -> list[dict[str, Any] | list[Any]]:
-    return [value for value in values if isinstance(value, (dict, list))]
-
-
-def too_large(bytes_max: int) -> TooLarge:
-    return TooLarge(f"Request body too large (max {bytes_max} bytes)")
 
 
 def _context(asked: Request) -> Json:
@@ -401,19 +370,6 @@ def response(result: str, result_type: str) -> Json:
 
 def mode_name(mode: str) -> str:
     return MODES.get(mode, "EXECUTION_MODE_STANDARD")
-
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def clock(micros: int) -> str:
-    """RFC 3339 in UTC, always with six digits, so that texts compare like times."""
-    return f"{_second(micros // 1_000_000)}.{micros % 1_000_000:06d}Z"
-
-
-@lru_cache(maxsize=256)
-def _second(seconds: int) -> str:
-    return (_EPOCH + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()
 
 
 def usd(nano: int) -> float:

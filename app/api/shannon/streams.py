@@ -27,7 +27,8 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app import events, metrics
-from app.api.shannon.spelling import SSE_NAME, clock, control, event_body, frame, statuses
+from app.answers import clock
+from app.api.shannon.spelling import SSE_NAME, control, event_body, frame, statuses
 from app.errors import Invalid, NotFound, TaskcastError, Unavailable
 from app.events import Entry, Json
 from app.frames import Frame, Spelling, retry, spelling

@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import structlog
 from msgspec import Struct
 from starlette.requests import Request
@@ -19,27 +18,26 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
-from app.api.shannon.history import LATER, History, changed, cursor, open_history, wait_seconds
+from app.answers import clock
+from app.api.shannon.history import History, cursor, open_history, wait_seconds
 from app.api.shannon.spelling import (
     STATUS,
     SUBMISSION_BYTES_MAX,
     UNLISTED,
-    clock,
     event_body,
-    json_of,
     raw_type,
     refused,
     statuses,
     submission,
     task_body,
     task_item,
-    too_large,
 )
 from app.api.shannon.streams import fails_on_gap
 from app.errors import Conflict, Invalid, NotFound
 from app.events import AnyEvent, Json
 from app.identity import Identity, caller
 from app.log import PAGE_ENTRIES, random_id, task_id_of
+from app.requests import LATER, actor, changed, json_of, read_body, reply, store_of
 from app.seam import cursor_of
 from app.store import Store
 from app.task import Status, Task
@@ -55,28 +53,6 @@ OFFSET_MAX = 2**31 - 1
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
 """What Go's Atoi takes."""
-
-
-def store_of(request: Request) -> Store:
-    store: Store = request.app.state.store
-    return store
-
-
-def reply(body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
-
-
-async def read_body(request: Request, bytes_max: int) -> bytes:
-    """Raises TooLarge as soon as it is: at most `bytes_max` and one chunk are ever held."""
-    announced = request.headers.get("content-length", "")
-    if announced.isdecimal() and int(announced) > bytes_max:
-        raise too_large(bytes_max)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > bytes_max:
-            raise too_large(bytes_max)
-    return bytes(body)
 
 
 def number(request: Request, name: str, default: int, *, least: int = 0, most: int = OFFSET_MAX) -> int:
@@ -338,10 +314,6 @@ async def timeline(request: Request) -> Response:
 
 
 # Steer
-
-
-def actor(who: Identity) -> str:
-    return f"user:{who.user}" if who.user else f"key:{who.key}"
 
 
 async def _steer(request: Request, verb: str, event: Callable[[str, str], AnyEvent]) -> tuple[Task, dict[str, str]]:
