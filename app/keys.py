@@ -53,6 +53,8 @@ KINDS = (
     Kind("claim", "string", "org:worker:claim id", "the tasks of one claim", "60 s"),
     Kind("outcome", "string", "org:task:operation", "one reply", "24 h"),
     Kind("tombstone", "hash", "org:task", "last_seq, fence, created_at, submission", "24 h"),
+    Kind("agent", "hash", "org:agent", "name, provider, model, effort, queue, version, times", "until deleted"),
+    Kind("agents", "zset", "org", "one member per agent", "until its last agent is deleted"),
     Kind("key", "hash", "sha256 of an API key", "who it is", "until revoked"),
 )
 

@@ -7,6 +7,7 @@ Nobody above this file says Redis; nobody below it says HTTP.
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
+from app.agents import Agents
 from app.connect import Door
 from app.embedded import Embedded
 from app.errors import TaskcastError, Unavailable
@@ -28,6 +29,7 @@ class Store:
         self.settings = settings
         self.log = Log(door, partitions, settings)
         self.snapshots = Snapshots(door, partitions, settings)
+        self.agents = Agents(door, partitions)
         self.queues = Queues(door, partitions, settings, self.log)
         self.hub = Hub(door, partitions, self.log, self.snapshots)
         self.submit = self.log.submit

@@ -323,6 +323,7 @@ async def test_every_key_of_a_used_store_is_declared_with_its_type(store: Store)
     await store.submit(submission("t2"))
     await store.delete("o", "t2")
     await store.snapshots.retitle_session("o", "u", "s", "Title")
+    await store.agents.used("o", "a")
     seen = set()
     async for name in store.snapshots._scan("*"):
         if name == keys.DEPLOYMENT:
