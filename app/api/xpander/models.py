@@ -1,0 +1,230 @@
+"""What xpander's clients may say, checked as its own server does: 422 names each place, in FastAPI's words.
+
+`null` is as good as absent, and unknown keys are ignored (contract §1.7, §3.3). Texts that stand in key names are bounded
+as the store bounds them; everything together by the size of a body.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+
+from app import events
+from app.errors import Invalid
+from app.events import Json
+from app.requests import json_of, read_body
+
+BODY_BYTES_MAX = events.EVENT_BYTES_MAX
+INPUT_SHOWN_MAX = 500
+"""Bytes of a refused value that its refusal shows again."""
+PER_PAGE_MAX = 50
+PAGE_MAX = 10_000_000
+INTERNAL_STATUS_MAX = 255
+
+Word = Literal["pending", "executing", "paused", "error", "failed", "completed", "stopped"]
+Effort = Literal["low", "medium", "high", "xhigh"]
+Id = Annotated[str, Field(pattern=rf"^{events.ID.pattern}\Z")]
+Short = Annotated[str, Field(max_length=256)]
+
+B = TypeVar("B", bound=BaseModel)
+
+
+class Rejected(Invalid):
+    """A request that does not fit its model; `places` are FastAPI's."""
+
+    def __init__(self, places: list[Json]) -> None:
+        super().__init__("; ".join(f"{'.'.join(map(str, place['loc']))}: {place['msg']}" for place in places))
+        self.places = places
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+
+class User(Model):
+    id: Short | None = None
+    first_name: str | None = None
+    last_name: str | None = None
+    email: str
+    additional_attributes: Json | None = None
+    timezone: str | None = None
+    role: str | None = None
+    is_super_admin: bool | None = None
+
+
+class Input(Model):
+    text: str | None = None
+    files: list[str] | None = None
+    attachments: list[Json] | None = None
+    user: User | None = None
+    principal: Json | None = None
+
+
+class Invocation(Model):
+    """The body of `invoke` and of the SDK's create: a task, or the next turn of one."""
+
+    input: Input
+    id: Annotated[Id | None, BeforeValidator(lambda value: value or None)] = None
+    payload_extension: Json | None = None
+    parent_execution_id: Id | None = None
+    worker_id: Id | None = None
+    source: Short | None = None
+    source_node_type: Short | None = None
+    output_format: Literal["text", "markdown", "json", "voice"] | None = None
+    output_schema: Json | None = None
+    run_locally: bool | None = None
+    additional_context: str | None = None
+    expected_output: str | None = None
+    title: str | None = None
+    triggering_agent_id: Short | None = None
+    events_streaming: bool | None = None
+    mcp_servers: list[Json] | None = None
+    think_mode: Literal["default", "harder"] | None = None
+    disable_attachment_injection: bool | None = None
+    instructions_override: str | None = None
+    test_run_node_id: str | None = None
+    user_tokens: Json | None = None
+    user_oidc_token: str | None = None
+    return_metrics: bool | None = None
+    voice_id: str | None = None
+    llm_model_provider: Short | None = None
+    llm_model_name: Short | None = None
+    llm_reasoning_effort: Effort | None = None
+    tool_call_limit: int | None = None
+    harness_cli: str | None = None
+    permission_mode: Literal["full", "gated"] | None = None
+
+
+class Tokens(Model):
+    completion_tokens: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
+    prompt_tokens: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
+
+
+class Update(Model):
+    """A PATCH: a few fields, or a whole task as the SDK last saw it. Which ones were sent, `model_fields_set` says."""
+
+    status: Word | None = None
+    result: str | None = None
+    internal_status: Annotated[str, Field(max_length=INTERNAL_STATUS_MAX)] | None = None
+    title: str | None = None
+    tokens: Tokens | None = None
+    last_executed_node_id: str | None = None
+    deep_planning: Json | None = None
+    hitl_request: Json | None = None
+    pending_eca_request: Json | None = None
+    payload_extension: Json | None = None
+    tool_call_payload_extension: Json | None = None
+    additional_context: str | None = None
+    used_tools: list[str] | None = None
+    used_mutating_tools: bool | None = None
+    duration: float | None = None
+
+
+class Report(Model):
+    """A task that ran elsewhere (contract §3.3)."""
+
+    id: Annotated[Id | None, BeforeValidator(lambda value: value or None)] = None
+    input: str | None = None
+    llm_response: Any = None
+    tokens: Tokens | None = None
+    is_success: bool | None = None
+    result: str | None = None
+    duration: Annotated[float, Field(ge=0, le=10 * 366 * 86400)] | None = None
+    used_tools: list[str] | None = None
+
+
+class Pushed(Model):
+    """An event that a worker pushes."""
+
+    type: Short
+    task_id: str | None = None
+    data: Any = None
+
+
+class Listing(Model):
+    """The query of a list. Filters that are not given do not narrow it."""
+
+    user_id: Short | None = None
+    parent_task_id: Short | None = None
+    agent_id: Short | None = None
+    triggering_agent_id: Short | None = None
+    internal_status: Short | None = None
+    status: Word | None = None
+
+
+class Paging(Listing):
+    page: Annotated[int, Field(ge=1, le=PAGE_MAX)] = 1
+    per_page: Annotated[int, Field(ge=1, le=PER_PAGE_MAX)] = 20
+    from_date: datetime | None = None
+    to_date: datetime | None = None
+    cursor: Short | None = None
+    """Ours: what the page before answered as `next_cursor`; empty begins with the newest."""
+
+
+class Decision(Model):
+    """Ours, for upstream says nothing of these bodies (contract §3.6)."""
+
+    feedback: str = ""
+    payload: Json = {}
+
+
+async def body_of(request: Request, model: type[B], *, empty: bool = False) -> B:
+    """Raises Rejected, TooLarge. `empty`: no body is one without fields."""
+    raw = await read_body(request, BODY_BYTES_MAX)
+    return checked(model, _json_of(raw, empty=empty), "body")
+
+
+async def list_of(request: Request, model: type[B]) -> list[B]:
+    """Of a body that is an array. Raises Rejected, TooLarge."""
+    raw = _json_of(await read_body(request, BODY_BYTES_MAX), empty=False)
+    if not isinstance(raw, list):
+        raise Rejected([_place(("body",), "list_type", "Input should be a valid list", raw)])
+    return [checked(model, one, "body", i) for i, one in enumerate(raw)]
+
+
+def query_of(params: QueryParams, model: type[B]) -> B:
+    """Raises Rejected."""
+    return checked(model, dict(params), "query")
+
+
+def id_of(request: Request, name: str) -> str:
+    """Of a path. Raises Rejected."""
+    value: str = request.path_params[name]
+    if not events.ID.fullmatch(value):
+        sentence = f"String should match pattern '^{events.ID.pattern}$'"
+        raise Rejected([_place(("path", name), "string_pattern_mismatch", sentence, value)])
+    return value
+
+
+def checked(model: type[B], raw: Any, *place: str | int) -> B:
+    """Raises Rejected."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False)
+        places = [_place((*place, *one["loc"]), one["type"], one["msg"], one["input"]) for one in found]
+        raise Rejected(places) from error
+
+
+def _json_of(raw: bytes, *, empty: bool) -> Any:
+    if not raw:
+        if empty:
+            return {}
+        raise Rejected([_place(("body",), "missing", "Field required", None)])
+    try:
+        return json_of(raw)
+    except Invalid as error:
+        sentence = str(error).removeprefix("Invalid request body: ")
+        raise Rejected([_place(("body",), "json_invalid", f"JSON decode error: {sentence}", {})]) from error
+
+
+def _place(loc: tuple[str | int, ...], kind: str, sentence: str, said: Any) -> Json:
+    place: Json = {"type": kind, "loc": [*loc], "msg": sentence}
+    try:
+        shown = msgspec.json.encode(said)
+    except (TypeError, ValueError, RecursionError):
+        return place
+    return {**place, "input": said} if len(shown) <= INPUT_SHOWN_MAX else place
