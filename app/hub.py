@@ -39,7 +39,7 @@ from app.seam import (
     WantSnapshot,
     WantState,
 )
-from app.snapshots import Snapshots
+from app.snapshots import Filter, Snapshots
 from app.task import Snapshot, Status, Task
 
 logger = structlog.get_logger()
@@ -403,16 +403,13 @@ class Hub:
         ends = await self.ends()
         ids, more = [*selection.tasks], False
         if not ids:
-            sources = [
-                ("status", status.value, *place)
-                for status in selection.open_statuses
-                for owner in selection.owners
-                for place in [("session", f"{owner}:{selection.session}") if selection.session else ("owner", owner)]
-            ]
-            where = {"agent": [selection.agent]} if selection.agent else None
-            listed = await self._snapshots.list(
-                selection.org, sources, where=where, limit=MATCHING_MAX + 1, fields=_IDENTITY
+            sought = Filter(
+                owners=selection.owners,
+                session=selection.session,
+                agent=selection.agent,
+                statuses=selection.open_statuses,
             )
+            listed = await self._snapshots.list(selection.org, sought, limit=MATCHING_MAX + 1, fields=_IDENTITY)
             ids, more = [task.id for task in listed.tasks], listed.capped or len(listed.tasks) > MATCHING_MAX
         statuses: dict[str, Status] = {}
         found: list[Snapshot] = []

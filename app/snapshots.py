@@ -4,9 +4,11 @@ Everything here except `rebuild` only reads: the scripts that append write the s
 what is read, proved and made again is one description of the same keys.
 """
 
+import asyncio
 import json
+import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -14,13 +16,15 @@ from msgspec import Struct
 
 from app import events, keys
 from app.connect import Arg, Door
-from app.errors import TaskcastError
+from app.errors import Invalid, TaskcastError
 from app.log import Message, Partitions, entry, limits, message
 from app.settings import Settings
 from app.task import EMPTY, LEASED, OPEN, QUEUED, TERMINAL, Snapshot, Status, Task, apply, task
 
 WALK_MAX = 10_000
 """Steps of a filtered walk, and depth of a merged list; beyond, the total is marked as capped."""
+_CURSOR = re.compile(rf"([0-9]{{1,16}})-({events.ID.pattern})")
+"""Of a list: when the task before the page was made (µs), and its id."""
 
 THREAD_PAGE = 100
 """Messages per read: each may have 256 KiB."""
@@ -34,7 +38,55 @@ class Listed(Struct, frozen=True):
     tasks: list[Task]
     total: int
     capped: bool
-    """The walk ended before the list did: `total` counts what it saw."""
+    """The walk ended before the list did: `total` counts what it saw, or the page is cut off there."""
+    next: str | None = None
+    """The cursor after which the list goes on, even where a walk ended before the page was full; None: it ends here."""
+
+
+Union = tuple[tuple[str, ...], ...]
+"""The tasks of any of these indexes, which are disjoint."""
+Way = tuple[Union, Sequence[Union]]
+"""To a list: what to walk, and what each task must be in besides."""
+
+
+class Filter(Struct, frozen=True, kw_only=True):
+    """Which tasks to list: those for which all of this is so. An empty text or None: it does not matter."""
+
+    owners: Collection[str] | None = None
+    """The empty text among them: nobody's."""
+    session: str = ""
+    """Of these owners, who must be named: a session is its owner's."""
+    agent: str = ""
+    user: str = ""
+    parent: str = ""
+    trigger: str = ""
+    internal_status: str = ""
+    statuses: Collection[Status] | None = None
+    since: int = 0
+    until: int | None = None
+    """When they were made, µs, both included."""
+
+    def ways(self) -> list[Way]:
+        """All ways that may be the shortest: which one is, the sizes of the indexes tell. One that is told entirely by
+        what it walks is among them wherever there is such an index.
+        """
+        assert self.owners is not None or not self.session, "a session is its owner's"
+        paired: list[Union] = [((kind, name),) for kind, name in (("agent", self.agent), ("user", self.user)) if name]
+        if self.owners is not None:
+            owners = dict.fromkeys(self.owners)
+            paired.append(tuple(("session", f"{o}:{self.session}") if self.session else ("owner", o) for o in owners))
+        related = (("parent", self.parent), ("trigger", self.trigger), ("internal", self.internal_status))
+        single: list[Union] = [((kind, name),) for kind, name in related if name]
+        both = [*paired, *single]
+        if self.statuses is None:
+            return [(one, [each for each in both if each != one]) for one in both] or [(((),), ())]
+        states: Union = tuple(("status", status.value) for status in dict.fromkeys(self.statuses))
+        ways: list[Way] = [
+            (tuple((*state, *place) for state in states for place in one), [each for each in both if each != one])
+            for one in paired
+        ]
+        ways += [(one, [*(each for each in both if each != one), states]) for one in single]
+        return ways if paired else [(states, single), *ways]
 
 
 class Difference(Struct, frozen=True):
@@ -367,37 +419,107 @@ class Snapshots:
     async def list(
         self,
         org: str,
-        sources: Iterable[tuple[str, ...]],
+        what: Filter | Iterable[tuple[str, ...]],
         *,
-        where: Mapping[str, Iterable[str]] | None = None,
+        after: str = "",
         offset: int = 0,
         limit: int = 20,
         fields: tuple[str, ...] = LISTED,
     ) -> Listed:
-        """A page, newest first. `sources` name disjoint indexes whose union is listed: `()`, `("owner", u)`,
-        `("status", "queued", "owner", u)`; `where` filters by fields (absent counts as empty) in a bounded walk.
+        """A page, newest first; ties by id. `what`: a filter, or the names of disjoint indexes whose union is listed:
+        `()`, `("owner", u)`, `("status", "queued", "owner", u)`.
+
+        The page begins after the cursor `after`, which an earlier page gave as `next`, and leaves out `offset` tasks
+        there. Raises Invalid for what is no cursor. Whoever follows the cursors is given every task that fits all the
+        while exactly once, whatever is made, moved and deleted meanwhile, for a task's place never changes. Pages by
+        number shift. A walk from a cursor ends with its page: its total is capped.
         """
-        names = [*sources]
-        tags = self.partitions.tags
-        # One partition pages by itself; of several each answers with all that may stand on the page.
-        skip, count = (offset, limit) if len(tags) == 1 else (0, min(offset + limit, WALK_MAX))
-        filter_ = json.dumps({name: list(values) for name, values in (where or {}).items()})
-        found: list[tuple[int, str, Task]] = []
+        search = _search(org, what)
+        if len(self.partitions.tags) == 1 or not offset:
+            page = await self._page(search, after, offset, limit, fields)
+        else:
+            # No partition knows how many tasks of the others stand before the page; the last one of these is a cursor.
+            before = await self._page(search, after, 0, min(offset, WALK_MAX), ())
+            if len(before.found) < offset or before.next is None:
+                return Listed([], before.total, before.capped or before.next is not None, before.next)
+            page = await self._page(search, before.next, 0, limit, fields)
+            cut_off = len(page.found) < limit and page.next is not None
+            page = _Page(page.found, before.total, before.capped or cut_off, page.next)
+        tasks = []
+        for _, _, values in page.found:
+            pairs = {name: value.decode() for name, value in zip(fields, values, strict=True) if value is not None}
+            tasks.append(task(pairs))
+        return Listed(tasks, page.total, page.capped, page.next)
+
+    async def _page(self, search: "_Search", after: str, offset: int, limit: int, fields: tuple[str, ...]) -> "_Page":
+        """Merges what the partitions answer; of several, each with all that may stand on the page."""
+        place = _CURSOR.fullmatch(after)
+        if after and not place:
+            raise Invalid("Not a cursor of a list")
+        start = place.groups() if place else ("", "")
+        args: list[Arg] = [
+            offset,
+            limit,
+            WALK_MAX,
+            search.ways,
+            search.org,
+            search.since,
+            search.until,
+            *start,
+            *fields,
+        ]
+
+        async def ask(tag: str) -> Any:
+            sets = [keys.index(tag, search.org, *where) for where in search.indexes]
+            return await self.door.run("list", sets, [keys.prefix(tag), self._limits, *args], repeat=True, slow=True)
+
+        found: list[tuple[int, str, list[bytes | None]]] = []
+        ends: list[tuple[int, str]] = []
         total, capped = 0, False
-        for tag in tags:
-            args: list[Arg] = [keys.prefix(tag), self._limits, skip, count, WALK_MAX, filter_, org, *fields]
-            sets = [keys.index(tag, org, *source) for source in names]
-            raw = await self.door.run("list", sets, args, repeat=True, slow=True)
-            total += int(raw[0])
-            capped = capped or raw[1] == b"1"
-            for id_, score, *values in raw[2:]:
-                pairs = {name: value.decode() for name, value in zip(fields, values, strict=True) if value is not None}
-                found.append((int(score), id_.decode(), task(pairs)))
-        if len(tags) > 1:
-            found.sort(key=lambda item: item[:2], reverse=True)
-            found = found[offset : offset + limit]
-            capped = capped or min(offset + limit, total) > WALK_MAX
-        return Listed([item[2] for item in found], total, capped)
+        for count, cut_off, end_score, end_id, *rows in await asyncio.gather(*map(ask, self.partitions.tags)):
+            total += int(count)
+            capped = capped or cut_off == b"1"
+            if end_id:
+                ends.append((int(end_score), end_id.decode()))
+            found += [(int(created_at), id_.decode(), values) for *values, id_, created_at in rows]
+        # Beyond the place up to which all have told all, tasks may be missing between those that are known.
+        end = max(ends, default=(0, ""))
+        found = sorted((one for one in found if one[:2] >= end), key=lambda one: one[:2], reverse=True)
+        if len(found) > limit:
+            end = found[limit - 1][:2]
+        return _Page(found[:limit], total, capped, f"{end[0]}-{end[1]}" if end[1] else None)
+
+
+class _Search(Struct, frozen=True):
+    """A list as the script takes it, whichever page of it."""
+
+    org: str
+    indexes: list[tuple[str, ...]]
+    """Of all unions."""
+    ways: str
+    """JSON: how many indexes each union has, and the ways, which name unions by number."""
+    since: int
+    until: int | str
+
+
+def _search(org: str, what: Filter | Iterable[tuple[str, ...]]) -> _Search:
+    if isinstance(what, Filter):
+        ways, since, until = what.ways(), what.since, "+inf" if what.until is None else what.until
+    else:
+        ways, since, until = [(tuple(what), ())], 0, "+inf"
+    unions = list(dict.fromkeys(union for walked, checks in ways for union in (walked, *checks)))
+    number = {union: i for i, union in enumerate(unions, 1)}
+    numbered = [(number[walked], [number[union] for union in checks]) for walked, checks in ways]
+    sizes = [len(union) for union in unions]
+    return _Search(org, [one for union in unions for one in union], json.dumps((sizes, numbered)), since, until)
+
+
+class _Page(Struct, frozen=True):
+    found: list[tuple[int, str, list[bytes | None]]]
+    """When the task was made, its id, its fields' values."""
+    total: int
+    capped: bool
+    next: str | None
 
 
 class Expected:

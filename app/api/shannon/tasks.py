@@ -39,6 +39,7 @@ from app.identity import Identity, caller
 from app.log import PAGE_ENTRIES, random_id, task_id_of
 from app.requests import LATER, actor, changed, json_of, read_body, reply, store_of
 from app.seam import cursor_of
+from app.snapshots import Filter
 from app.store import Store
 from app.task import Status, Task
 
@@ -214,21 +215,16 @@ async def list_tasks(request: Request) -> Response:
         if states:
             raise Invalid("dead=true is a status of its own: leave status out")
         states = [Status.ERRORED]
-    owners = list(dict.fromkeys(("", who.user)))
-    where: dict[str, list[str]] = {}
-    if agent := request.query_params.get("agent_id", ""):
-        where["agent"] = [agent]
-    sources: list[tuple[str, ...]] = []
-    if parent:  # the smallest of all these lists
-        sources = [("parent", parent)]
-        where |= {"owner": owners, **({"session": [session]} if session else {})}
-        where |= {"status": [status.value for status in states]} if states else {}
-    for owner in [] if parent else owners:
-        place = ("session", f"{owner}:{session}") if session else ("owner", owner)
-        sources += [("status", status.value, *place) for status in states] or [place]
+    sought = Filter(
+        owners=("", who.user),
+        agent=request.query_params.get("agent_id", ""),
+        session=session,
+        parent=parent,
+        statuses=states or None,
+    )
     store = store_of(request)
     ends = await store.hub.ends()  # before the list: a stream from there on misses nothing that it shows
-    found = await store.list(who.org, sources, where=where, offset=offset, limit=limit)
+    found = await store.list(who.org, sought, offset=offset, limit=limit)
     headers = {"X-Total-Capped": "true"} if found.capped else {}
     body = {"tasks": [task_item(task) for task in found.tasks], "total_count": found.total}
     return reply(body | {"last_event_id": cursor_of(ends)}, 200, headers)

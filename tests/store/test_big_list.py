@@ -1,0 +1,235 @@
+"""Lists of many tasks: random filters against brute force, page by page, and cursors while others write."""
+
+import asyncio
+import random
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import Struct
+
+from app import events, snapshots
+from app.errors import Conflict, NotFound
+from app.events import Submission
+from app.settings import Settings
+from app.snapshots import Filter
+from app.store import Store
+from app.task import OPEN, STORED, Status, Task
+
+TASKS = 10_000
+OWNERS, AGENTS, USERS, SESSIONS, PARENTS = ("", "u", "v"), 20, 40, 60, 300
+WORDS = ("blue", "green", "")
+STATUSES = (*STORED, *[Status.QUEUED] * 5, *[Status.COMPLETED] * 3)
+"""Nobody can be paused without an attempt: these are held."""
+WRITTEN, COMPARED = 150, 3000
+"""Of each kind of write, and of tasks that were found meanwhile, at least so many."""
+FOLLOWED = 500
+"""Tasks after which nobody follows a list further: reading all of each would take minutes."""
+TOLD = ("id", "org", "status", "queue", "submission", "last_seq", "last_event_id", "created_at", "updated_at")
+FIELDS = (*TOLD, "owner", "session", "agent", "user", "parent", "trigger", "internal_status")
+
+
+@pytest.fixture(params=[1, 3], ids=["one partition", "three partitions"])
+def settings(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    return Settings(data=tmp_path / "data", partitions=request.param)
+
+
+class Made(Struct):
+    """A task as the test knows it, without asking the store."""
+
+    id: str
+    owner: str
+    agent: str
+    user: str
+    session: str
+    parent: str
+    trigger: str
+    internal_status: str = ""
+    status: Status = Status.QUEUED
+    created_at: int = 0
+
+
+async def make(store: Store, chance: random.Random, id_: str) -> Made:
+    made = Made(
+        id=id_,
+        owner=chance.choice(OWNERS),
+        agent=f"a{int(AGENTS * chance.random() ** 2)}",
+        user=f"x{chance.randrange(USERS)}",
+        session=f"s{chance.randrange(SESSIONS)}",
+        parent=chance.choice(["", f"p{chance.randrange(PARENTS)}"]),
+        trigger=chance.choice(["", f"a{chance.randrange(AGENTS)}"]),
+    )
+    told = {name: getattr(made, name) for name in ("id", "owner", "agent", "user", "session", "parent", "trigger")}
+    submitted = await store.submit(Submission(org="o", query="?", submission=id_, **told))
+    made.created_at = submitted.at
+    return made
+
+
+async def restate(store: Store, made: Made, status: Status, word: str) -> None:
+    told = await store.append("o", made.id, events.Restated(to=status.value, internal_status=word))
+    made.status, made.internal_status = told.status, word
+
+
+async def populate(store: Store, chance: random.Random) -> list[Made]:
+    at_once = asyncio.Semaphore(200)
+
+    async def one(number: int) -> Made:
+        async with at_once:
+            made = await make(store, chance, f"{chance.choice('aZ_')}{number}")
+            if (status := chance.choice(STATUSES)) is not Status.QUEUED:
+                await restate(store, made, status, chance.choice(WORDS))
+            return made
+
+    return await asyncio.gather(*(one(number) for number in range(TASKS)))
+
+
+def filters(chance: random.Random, tasks: list[Made]) -> Filter:
+    """Up to four conditions, most of which one and the same task meets."""
+    like = chance.choice(tasks)
+    told: dict[str, Any] = {}
+    for _ in range(chance.randrange(5)):
+        match chance.choice(["owners", "session", "status", "when", "agent", "user", "parent", "trigger", "internal"]):
+            case "owners":
+                told["owners"] = chance.choice([("", "u"), ("v",), (like.owner,), (like.owner, like.owner)])
+            case "session":
+                told |= {"session": like.session, "owners": told.get("owners", (like.owner, "u"))}
+            case "status":
+                told["statuses"] = chance.choice(
+                    [chance.sample(STORED, 1 + chance.randrange(8)), [like.status] * 2, []]
+                )
+            case "when":
+                times = sorted(one.created_at for one in chance.choices(tasks, k=2))
+                told |= chance.choice(
+                    [{"since": times[0]}, {"until": times[1]}, {"since": times[0], "until": times[1]}]
+                )
+            case "internal":
+                told["internal_status"] = like.internal_status
+            case name:
+                told[name] = chance.choice([getattr(like, name), getattr(chance.choice(tasks), name)])
+    return Filter(**told)
+
+
+def fits(one: Made | Task, wanted: Filter) -> bool:
+    return (
+        wanted.agent in {"", one.agent}
+        and wanted.user in {"", one.user}
+        and wanted.session in {"", one.session}
+        and wanted.parent in {"", one.parent}
+        and wanted.trigger in {"", one.trigger}
+        and wanted.internal_status in {"", one.internal_status}
+        and (wanted.owners is None or one.owner in wanted.owners)
+        and (wanted.statuses is None or one.status in wanted.statuses)
+        and wanted.since <= one.created_at
+        and (wanted.until is None or one.created_at <= wanted.until)
+    )
+
+
+def found(tasks: list[Made], wanted: Filter) -> list[str]:
+    fitting = [one for one in tasks if fits(one, wanted)]
+    return [one.id for one in sorted(fitting, key=lambda one: (one.created_at, one.id), reverse=True)]
+
+
+async def follow(store: Store, wanted: Filter, limit: int, after: str | None = "") -> list[str]:
+    """Page by page, each after the cursor of the one before; only the last, or a walk that ended, may be short."""
+    ids: list[str] = []
+    while after is not None and len(ids) < FOLLOWED:
+        page = await store.list("o", wanted, after=after, limit=limit, fields=FIELDS)
+        assert len(page.tasks) <= limit
+        assert len(page.tasks) == limit or page.next is None or page.capped
+        assert page.next != after
+        for task in page.tasks:
+            assert fits(task, wanted)
+        ids += [task.id for task in page.tasks]
+        after = page.next
+    return ids
+
+
+async def pages_are_those_of_brute_force(store: Store, chance: random.Random, tasks: list[Made]) -> None:
+    sizes = []
+    for _ in range(50):
+        wanted = filters(chance, tasks)
+        expected = found(tasks, wanted)
+        sizes.append(len(expected))
+        for offset in (0, chance.randrange(len(expected) + 1), len(expected)):
+            limit = chance.randrange(1, 40)
+            page = await store.list("o", wanted, offset=offset, limit=limit, fields=FIELDS)
+            assert [task.id for task in page.tasks] == expected[offset : offset + limit], wanted
+            assert (page.total, page.capped) == (len(expected), False)
+            assert (page.next is None) == (offset + limit >= len(expected))
+            rest = expected[offset + limit :]
+            ids = await follow(store, wanted, chance.choice([7, 100, 250]) if len(rest) < 50 else 100, page.next)
+            assert ids == rest[: len(ids)], wanted
+            assert len(ids) >= min(len(rest), FOLLOWED)
+    assert min(sizes) == 0
+    assert max(sizes) == TASKS
+    assert sum(0 < size < TASKS / 100 for size in sizes) > 10
+
+
+async def cursors_skip_and_repeat_nothing_while_others_write(
+    store: Store, chance: random.Random, tasks: list[Made]
+) -> list[Made]:
+    """Answers the tasks that there are when the writers have stopped."""
+    restless = {one.id: one for one in tasks if int(one.id[1:]) % 5 == 0}
+    still = {one.id: one for one in tasks if one.id not in restless}
+    done, reading = dict.fromkeys(("made", "moved", "deleted"), 0), True
+    compared = 0
+
+    async def write(name: str) -> None:
+        while reading:
+            made = await make(store, chance, f"{name}{sum(done.values())}")
+            restless[made.id] = made
+            done["made"] += 1
+            for _ in range(2):
+                with suppress(Conflict, NotFound):  # ended, or another writer deleted it
+                    one = chance.choice([*restless.values()])
+                    await restate(store, one, chance.choice([*OPEN, chance.choice(STORED)]), chance.choice(WORDS))
+                    done["moved"] += 1
+            with suppress(NotFound):
+                gone = chance.choice([*restless])
+                restless.pop(gone, None)
+                await store.delete("o", gone)
+                done["deleted"] += 1
+
+    async with asyncio.TaskGroup() as group:
+        for name in ("n", "m"):
+            group.create_task(write(name))
+        while compared < COMPARED or min(done.values()) < WRITTEN:
+            wanted = filters(chance, tasks)
+            expected = found([*still.values()], wanted)
+            ids = await follow(store, wanted, chance.choice([20, 50, 100]))
+            unmoved = [id_ for id_ in ids if id_ in still]
+            assert unmoved == expected[: len(unmoved)], wanted
+            assert len(ids) >= FOLLOWED or len(unmoved) == len(expected), wanted
+            assert len(ids) == len({*ids})
+            compared += len(unmoved)
+        reading = False
+    return [*still.values(), *restless.values()]
+
+
+async def walks_that_end_early_say_so_and_go_on(
+    store: Store, chance: random.Random, tasks: list[Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshots, "WALK_MAX", 40)
+    capped = 0
+    for _ in range(25):
+        wanted = msgspec.structs.replace(filters(chance, tasks), trigger=chance.choice(tasks).trigger)
+        expected = found(tasks, wanted)
+        ids = await follow(store, wanted, 30)
+        assert ids == expected[: len(ids)], wanted
+        assert len(ids) >= min(len(expected), FOLLOWED)
+        page = await store.list("o", wanted, limit=100, fields=FIELDS)
+        assert [task.id for task in page.tasks] == expected[: len(page.tasks)]
+        assert page.capped or page.total == len(expected)
+        assert page.total <= len(expected)
+        capped += page.capped
+    assert 5 < capped < 25
+
+
+async def test_lists_of_many_tasks_are_what_brute_force_finds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    chance = random.Random(20)
+    tasks = await populate(store, chance)
+    await pages_are_those_of_brute_force(store, chance, tasks)
+    tasks = await cursors_skip_and_repeat_nothing_while_others_write(store, chance, tasks)
+    await walks_that_end_early_say_so_and_go_on(store, chance, tasks, monkeypatch)
