@@ -16,7 +16,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import metrics
-from app.api import shannon, workers
+from app.api import shannon, workers, xpander
 from app.errors import Full, Stale, TaskcastError, TooLarge, Unauthorized, Unavailable
 from app.streams import WAITS, Aborted
 
@@ -153,7 +153,7 @@ class Unforeseen:
             logger.exception("request.failed", path=scope["path"], trace_id=scope[_TRACE])
             if began:
                 raise
-            return await JSONResponse({"error": "Internal server error"}, 500)(scope, receive, seen)
+            return await JSONResponse({_word(scope["path"]): "Internal server error"}, 500)(scope, receive, seen)
 
 
 class Bounded:
@@ -189,8 +189,12 @@ def _too_large() -> TooLarge:
 
 
 def respond(error: TaskcastError, path: str = "") -> Response:
-    """The error, as those spell it to whom the path belongs: the workers' API, else Shannon."""
-    error_body = workers.error_body if path.startswith(f"{workers.PREFIX}/") else shannon.error_body
+    """The error, as those spell it to whom the path belongs: the workers' API, xpander, else Shannon."""
+    error_body = shannon.error_body
+    if path.startswith(f"{workers.PREFIX}/"):
+        error_body = workers.error_body
+    elif xpander.speaks(path):
+        error_body = xpander.error_body
     status, body = error_body(error)
     headers = next((headers for kind, headers in _HEADERS.items() if isinstance(error, kind)), None)
     return JSONResponse(body, status, headers)
@@ -223,7 +227,12 @@ async def http_error(request: HTTPConnection, error: Exception) -> Response:
     if error.status_code == 405:  # Starlette tells the methods of the first route of the path only
         methods = [route.methods for route in request.app.routes if isinstance(route, Route) and _fits(route, request)]
         headers["Allow"] = ", ".join(sorted({method for one in methods for method in one or ()}))
-    return JSONResponse({"error": sentence}, error.status_code, headers)
+    return JSONResponse({_word(request.scope["path"]): sentence}, error.status_code, headers)
+
+
+def _word(path: str) -> str:
+    """Under which an error's sentence stands."""
+    return "detail" if xpander.speaks(path) else "error"
 
 
 def _fits(route: Route, request: HTTPConnection) -> bool:

@@ -44,8 +44,8 @@ _ALPHABET = string.ascii_letters + string.digits
 _QUERY_KEY_PATH = re.compile(r"/api/v1/(stream/[a-z]+|tasks/[^/]+/stream)")
 """A native EventSource cannot send headers (Shannon's contract §2.1)."""
 _CALLER = "taskcast.caller"
-_ASKING = ("/api/", "/v1/", "/worker/")
-"""Paths below which somebody may ask who is calling; health and metrics must answer while the store is away."""
+_OPEN = frozenset({"/", "/health", "/readiness", "/metrics"})
+"""Where nobody asks who is calling: these must answer while the store is away."""
 
 
 class Identity(Struct, frozen=True):
@@ -229,7 +229,7 @@ class Authentication:
         self._app, self._identities = app, identities
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] in {"http", "websocket"} and scope["path"].startswith(_ASKING):
+        if scope["type"] in {"http", "websocket"} and scope["path"] not in _OPEN:
             scope[_CALLER] = await self._caller(scope)
         await self._app(scope, receive, send)
 

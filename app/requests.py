@@ -31,7 +31,7 @@ def store_of(request: Request) -> Store:
     return store
 
 
-def reply(body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def reply(body: Json | list[Json], status: int = 200, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 

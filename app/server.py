@@ -33,7 +33,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from app import __version__, metrics, ops
-from app.api import shannon, workers
+from app.api import shannon, workers, xpander
 from app.claims import Claims
 from app.edge import Bounded, Cors, Trace, Unforeseen, http_error, not_found, task_error
 from app.errors import Misconfigured, TaskcastError, Unavailable
@@ -62,13 +62,14 @@ Ready = Callable[[str], None]
 
 def create_app(store: Store, settings: Settings, *, identities: Identities, streams: Streams) -> Starlette:
     """The application over an open store. Its state has what routes need: `store settings identities streams claims`."""
-    routes: list[BaseRoute] = [*shannon.routes, *workers.routes, *ops.routes]
+    routes: list[BaseRoute] = [*shannon.routes, *xpander.routes, *workers.routes, *ops.routes]
     page = files("app") / "page.html"
     if page.is_file():
         routes.append(Route("/", _page(page.read_text(encoding="utf-8"))))
     app = Starlette(
         routes=routes,
         middleware=[
+            Middleware(xpander.Paths),
             Middleware(Trace),
             Middleware(Cors),
             Middleware(Unforeseen),

@@ -47,11 +47,12 @@ class Store:
         fence: int | None = None,
         n: int | None = None,
         operation: str = "",
+        status: str = "",
     ) -> Appended:
         """`Log.append`. What the event asks for in other tasks is done at once, as far as these can be reached; the
         ticker does the rest.
         """
-        appended = await self.log.append(org, task, event, fence=fence, n=n, operation=operation)
+        appended = await self.log.append(org, task, event, fence=fence, n=n, operation=operation, status=status)
         if isinstance(event, FOLLOWED):
             await self._follow_up(org, task)
         return appended

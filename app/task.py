@@ -323,7 +323,7 @@ def _effects(event: AnyEvent, before: Status) -> Change:
                 follow="children" if ends and event.to in {CANCELLED, TIMED_OUT} else "",
             )
         case events.Deleted():
-            return Change(follow="children" if event.children else "")
+            return Change(follow="id" if event.children else "")
         case events.ToolCalled() | events.ToolReturned():
             return Change(thread="bounded")
         case events.Progressed():

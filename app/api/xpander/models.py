@@ -26,7 +26,7 @@ INTERNAL_STATUS_MAX = 255
 
 Word = Literal["pending", "executing", "paused", "error", "failed", "completed", "stopped"]
 Effort = Literal["low", "medium", "high", "xhigh"]
-Id = Annotated[str, Field(pattern=rf"^{events.ID.pattern}\Z")]
+Id = Annotated[str, Field(pattern=rf"^{events.ID.pattern}$")]
 Short = Annotated[str, Field(max_length=256)]
 
 B = TypeVar("B", bound=BaseModel)
@@ -155,9 +155,12 @@ class Listing(Model):
     status: Word | None = None
 
 
-class Paging(Listing):
+class Pages(Model):
     page: Annotated[int, Field(ge=1, le=PAGE_MAX)] = 1
     per_page: Annotated[int, Field(ge=1, le=PER_PAGE_MAX)] = 20
+
+
+class Paging(Listing, Pages):
     from_date: datetime | None = None
     to_date: datetime | None = None
     cursor: Short | None = None

@@ -1,0 +1,175 @@
+"""The controller that the SDK calls: `/agent-execution/…` and its neighbours (contract §3.3, §3.4).
+
+Lists are plain arrays, and DELETE stops. Whatever the SDK sends of a task that has ended is answered with the task as it
+is: it takes a refusal for a failure of its own, and says so (§3.5).
+"""
+
+from contextlib import suppress
+
+import structlog
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app.api.xpander.invoke import accepted, stream
+from app.api.xpander.models import Listing, Model, Pushed, Report, Tokens, Update, body_of, id_of, list_of, query_of
+from app.api.xpander.paths import member
+from app.api.xpander.spelling import activity, pushed, report_of, reported, restated, task_item
+from app.api.xpander.tasks import ITEM, again, filter_of, stopped, task_of, whole
+from app.errors import Conflict, Invalid
+from app.events import Json
+from app.identity import Identity
+from app.log import random_id
+from app.requests import actor, reply, store_of
+from app.store import Store
+from app.task import Task
+
+logger = structlog.get_logger()
+
+LISTED_MAX = 1000
+"""Tasks of an answer that has no pages: the newest."""
+PUSHED_MAX = 200
+RESTATE_TRIES = 5
+"""Of a PATCH whose task moves while it is looked at."""
+
+
+async def create(request: Request) -> Response:
+    found = await accepted(request, id_of(request, "agent_id"), source="sdk")
+    return reply(await whole(store_of(request), found))
+
+
+async def status(request: Request) -> Response:
+    store, _, found = await task_of(request)
+    return reply(await whole(store, found))
+
+
+async def history(request: Request) -> Response:
+    asked = query_of(request.query_params, Listing)
+    return await _history(request, asked.model_copy(update={"agent_id": request.path_params["agent_id"]}))
+
+
+async def user_history(request: Request) -> Response:
+    asked = query_of(request.query_params, Listing)
+    return await _history(request, asked.model_copy(update={"user_id": request.path_params["user_id"]}))
+
+
+async def _history(request: Request, asked: Listing) -> Response:
+    store, who = store_of(request), member(request)
+    found = await store.list(who.org, filter_of(asked), limit=LISTED_MAX, fields=ITEM)
+    more = found.capped or found.next is not None
+    return reply([task_item(task) for task in found.tasks], 200, {"X-Total-Capped": "true"} if more else {})
+
+
+async def update(request: Request) -> Response:
+    store, who, found = await task_of(request)
+    asked = await body_of(request, Update)
+    return reply(await whole(store, await _restate(store, who, found, asked)))
+
+
+async def _restate(store: Store, who: Identity, found: Task, asked: Update) -> Task:
+    """Raises Conflict when the task moves faster than it can be stated."""
+    for left in reversed(range(RESTATE_TRIES)):
+        event = restated(found, asked, actor(who))
+        if event is None:
+            return found
+        try:
+            await store.append(who.org, found.id, event, operation=f"restate:{random_id()}", status=found.status)
+        except Conflict:
+            if not left:
+                raise
+        else:
+            logger.info("task.restated", task_id=found.id, org=who.org, status=event.to or found.status)
+            return await again(store, found)
+        found = await again(store, found)
+    return found
+
+
+async def stop(request: Request) -> Response:
+    store, who, found = await task_of(request)
+    return reply(await whole(store, await stopped(store, who, found)))
+
+
+async def report(request: Request) -> Response:
+    """A task that ran elsewhere: made if its id is new, and ended."""
+    store, who, agent_id = store_of(request), member(request), id_of(request, "agent_id")
+    asked = await body_of(request, Report)
+    agent = await store.agents.used(who.org, agent_id)
+    made = reported(asked, agent, who)
+    with suppress(Conflict):  # it is known
+        await store.submit(made, actor=actor(who))
+    found = await store.get(who.org, made.id)
+    assert found is not None, "just made, or known"
+    if event := report_of(found, asked, actor(who)):
+        with suppress(Conflict):  # it ended meanwhile
+            await store.append(who.org, found.id, event, operation=f"report:{random_id()}")
+    return reply(await whole(store, await again(store, found)))
+
+
+class Counted(Model):
+    worker: Tokens | None = None
+
+
+class Metrics(Model):
+    """Of what the SDK reports, what is looked at; the rest is its own statistics."""
+
+    execution_id: str | None = None
+    llm_tokens: Counted | None = None
+    ai_model: str | None = None
+    duration: float | None = None
+
+
+async def metrics(request: Request) -> Response:
+    """Logged, not counted: a task's tokens come with its end (§3.5), and would be counted twice."""
+    who, agent_id = member(request), id_of(request, "agent_id")
+    asked = await body_of(request, Metrics)
+    tokens = asked.llm_tokens.worker if asked.llm_tokens and asked.llm_tokens.worker else Tokens()
+    logger.info(
+        "metrics.reported",
+        org=who.org,
+        agent=agent_id,
+        task_id=asked.execution_id,
+        model=asked.ai_model,
+        prompt_tokens=tokens.prompt_tokens,
+        completion_tokens=tokens.completion_tokens,
+    )
+    return reply({"success": True})
+
+
+async def log(request: Request) -> Response:
+    """Unknown agents are no matter: the task's id is enough."""
+    store, who, found = await task_of(request)
+    return reply(activity(found, await store.thread(who.org, found.id)))
+
+
+async def push(request: Request) -> Response:
+    """A worker's events, in order; the first that cannot be taken ends the call (409: the task does not run)."""
+    store, who, found = await task_of(request)
+    asked = await list_of(request, Pushed)
+    if len(asked) > PUSHED_MAX:
+        raise Invalid(f"These are {len(asked)} events; at most {PUSHED_MAX} are allowed at once.")
+    said = [event for one in asked if (event := pushed(one.type, one.data, actor(who)))]
+    for event in said:
+        await store.append(who.org, found.id, event, operation=f"push:{random_id()}")
+    body: Json = {"success": True, "accepted": len(said)}
+    return reply(body)
+
+
+async def follow(request: Request) -> Response:
+    """From the latest turn's `task_created` on; ends after `task_finished`, at once if that has been."""
+    _, _, found = await task_of(request)
+    return stream(request, found)
+
+
+routes = [
+    Route("/agent-execution/executions/history/user/{user_id}", user_history, methods=["GET"]),
+    Route("/agent-execution/executions/history/{agent_id}", history, methods=["GET"]),
+    Route("/agent-execution/{agent_id}", create, methods=["POST"]),
+    Route("/agent-execution/{task_id}", stop, methods=["DELETE"]),
+    Route("/agent-execution/{task_id}/status", status, methods=["GET"]),
+    Route("/agent-execution/{task_id}/update", update, methods=["PATCH"]),
+    Route("/agent-execution/{task_id}/events", follow, methods=["GET"]),
+    Route("/agent-execution/{task_id}/events/push", push, methods=["POST"]),
+    Route("/agent-execution/{agent_id}/report_task", report, methods=["POST"]),
+    Route("/agents-metrics/{agent_id}/execution", metrics, methods=["POST"]),
+    Route("/activity/{agent_id}/{task_id}", log, methods=["GET"]),
+]

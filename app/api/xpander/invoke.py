@@ -1,0 +1,132 @@
+"""Invoking an agent or a workflow: at once, waiting for the end, or as a stream (contract §1.7, §1.8).
+
+An `id` that is known continues that task as its next turn; while a turn runs, another one is 409. A stream says what
+follows in frames of `data:` alone, each with the whole task where its state moved, and ends after `task_finished`.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import structlog
+from msgspec.structs import replace
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app import events
+from app.api.xpander.models import Invocation, body_of, id_of
+from app.api.xpander.paths import member
+from app.api.xpander.spelling import connected, control, frame, frame_extended, submission, turn
+from app.api.xpander.tasks import again, whole
+from app.errors import Conflict, NotFound
+from app.events import Submission
+from app.frames import Spelling, encode, spelling
+from app.identity import Identity
+from app.requests import actor, changed, reply, store_of
+from app.sse import Stream
+from app.store import Store
+from app.streams import Streams
+from app.task import Task
+
+logger = structlog.get_logger()
+
+SYNC_SECONDS_MAX = 1500.0
+"""What the SDK waits for any answer (contract §3.2); then a task is answered as it stands."""
+VERSION_CHARACTERS_MAX = 64
+
+
+async def accepted(request: Request, agent_id: str, *, source: str, kind: str = "agent") -> Task:
+    """The task that the body asks for, new or in its next turn. Raises Rejected, Conflict, NotFound, TooLarge."""
+    store, who = store_of(request), member(request)
+    asked = await body_of(request, Invocation)
+    agent = await store.agents.used(who.org, agent_id)
+    version = request.query_params.get("version") or request.headers.get("x-agent-version") or str(agent.version)
+    version = version[:VERSION_CHARACTERS_MAX]
+    known = await store.get(who.org, asked.id) if asked.id else None
+    if known is None:
+        made = submission(asked, agent, who, source=source, kind=kind)
+        made = replace(made, extra={**made.extra, "agent_version": version})
+        await _submit(store, who, made)
+        logger.info("task.submitted", task_id=made.id, org=who.org, agent=agent_id)
+        id_ = made.id
+    elif known.agent != agent_id:
+        raise NotFound("Task not found")
+    else:
+        said = turn(asked, agent, actor(who), kind=kind)
+        said = replace(said, extra={**said.extra, "agent_version": version})
+        try:
+            await store.append(who.org, known.id, said)
+        except Conflict as error:
+            sentence = "The task is still at work on its last turn; wait for its end, or stop it."
+            raise Conflict(sentence, error.status) from error
+        logger.info("task.continued", task_id=known.id, org=who.org, agent=agent_id)
+        id_ = known.id
+    found = await store.get(who.org, id_)
+    if found is None:
+        raise NotFound("Task not found")
+    return found
+
+
+async def _submit(store: Store, who: Identity, made: Submission) -> None:
+    if made.parent and made.parent != made.id:
+        # Said by the parent, so that a cancel of it reaches the new task; one that has ended says nothing any more.
+        with suppress(Conflict, NotFound):
+            child = events.ChildSubmitted(actor=actor(who), task=made)
+            await store.append(who.org, made.parent, child, operation=f"child:{made.submission}")
+    try:
+        await store.submit(made, actor=actor(who))
+    except Conflict as error:
+        sentence = f"A task with the id {made.id} was made at the same moment; ask again to continue it."
+        raise Conflict(sentence, error.status) from error
+
+
+async def invoke(request: Request, kind: str) -> Response:
+    """Answers at the end of the turn; earlier when the server stops, and then with the task as it stands."""
+    found = await accepted(request, id_of(request, f"{kind}_id"), source="api", kind=kind)
+    return reply(await whole(store_of(request), await ended(request, found)))
+
+
+async def ended(request: Request, found: Task) -> Task:
+    store = store_of(request)
+    while not found.terminal:
+        over = await changed(request, found.id, found.last_event_id, SYNC_SECONDS_MAX, lambda _: False)
+        found = await again(store, found)
+        if not over or not found.terminal:
+            break
+    return found
+
+
+async def invoke_async(request: Request, kind: str) -> Response:
+    found = await accepted(request, id_of(request, f"{kind}_id"), source="api", kind=kind)
+    return reply(await whole(store_of(request), found))
+
+
+async def invoke_stream(request: Request, kind: str) -> Response:
+    found = await accepted(request, id_of(request, f"{kind}_id"), source="api", kind=kind)
+    return stream(request, found)
+
+
+def stream(request: Request, found: Task) -> Response:
+    """The task's present turn, from `task_created` on. With `events=all`, ours, also the types that only the newest SDK
+    knows.
+    """
+    store, who = store_of(request), member(request)
+    streams: Streams = request.app.state.streams
+    extended = request.query_params.get("events") == "all"
+    hello = b": connected\n"
+    if extended:
+        hello += encode(connected(found.org, found.id, found.updated_at))
+    reader = store.hub.folded(who.org, found.id, max(1, found.turn_seq))
+    return Stream(streams, store.hub, reader, partial(_spelling, extended), hello=hello, key=who.key)
+
+
+def _spelling(extended: bool, chunk: Callable[[bytes], bytes]) -> Spelling:
+    return spelling(frame_extended if extended else frame, control, frozenset(), chunk)
+
+
+routes = [
+    Route(f"/v1/{kind}s/{{{kind}_id}}/invoke{mode}", partial(endpoint, kind=kind), methods=["POST"])
+    for kind in ("agent", "workflow")
+    for mode, endpoint in (("", invoke), ("/async", invoke_async), ("/stream", invoke_stream))
+]
