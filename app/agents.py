@@ -6,13 +6,15 @@ and effort that were in force when it was accepted (`Submission.llm_*`), and no 
 
 import asyncio
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from app import events, keys
 from app.connect import Arg, Door
 from app.errors import Invalid, NotFound
+from app.events import Continued, Submission
 from app.log import Partitions
 
 AGENTS_MAX = 10_000
@@ -22,6 +24,10 @@ CHARACTERS_MAX = 256
 """Of each text but the id; as of what a task keeps of them."""
 Effort = Literal["", "low", "medium", "high", "xhigh"]
 EFFORTS = get_args(Effort)
+DEFAULT = "default"
+"""Whose tasks are those that name no agent; they wait in the queue of the same name."""
+
+Asked = TypeVar("Asked", Submission, Continued)
 
 
 class Agent(Struct, frozen=True, kw_only=True):
@@ -47,7 +53,7 @@ class Agents:
         self._share = max(1, AGENTS_MAX // len(partitions.tags))
 
     async def get(self, org: str, id_: str) -> Agent | None:
-        if not events.ID.fullmatch(id_):
+        if not (events.NAME.fullmatch(org) and events.ID.fullmatch(id_)):
             return None
         record, _ = self._places(org, id_)
         raw = await self._door.call("HGETALL", record, repeat=True)
@@ -85,6 +91,8 @@ class Agents:
         return await self._write(org, id_, 0, fields)
 
     async def _write(self, org: str, id_: str, most: int, fields: Mapping[str, str]) -> Agent:
+        if not events.NAME.fullmatch(org):  # an organisation a:b with an agent c were that of a, with an agent b:c
+            raise Invalid("An organisation has 1 to 64 of the characters A-Z a-z 0-9 _ . -")
         if not events.ID.fullmatch(id_):
             raise Invalid("An agent's id has 1 to 128 of the characters A-Z a-z 0-9 : _ . -")
         args: list[Arg] = [id_, most, *(word for pair in fields.items() for word in pair)]
@@ -92,7 +100,7 @@ class Agents:
 
     async def delete(self, org: str, id_: str) -> None:
         """The record only: the agent's tasks stay, and its next use makes a new one. Raises NotFound."""
-        if not await self._door.run("delete-agent", self._places(org, id_), [id_]):
+        if await self.get(org, id_) is None or not await self._door.run("delete-agent", self._places(org, id_), [id_]):
             raise NotFound("Agent not found")
 
     def _places(self, org: str, id_: str) -> tuple[str, str]:
@@ -115,9 +123,24 @@ class Agents:
         return [agent for agent in page if agent], sum(found[len(sets) :])
 
 
+def effective(asked: Asked, agent: Agent) -> Asked:
+    """With the agent's provider, model and effort where the request says none."""
+    return replace(
+        asked,
+        llm_provider=asked.llm_provider or agent.provider,
+        llm_model=asked.llm_model or agent.model,
+        llm_effort=asked.llm_effort or agent.effort,
+    )
+
+
+def queue_of(id_: str) -> str:
+    """Where an agent's tasks wait when its record says nothing, or it has none."""
+    return id_ if id_ == DEFAULT else f"agent:{id_}"
+
+
 def _agent(org: str, id_: str, raw: Any) -> Agent:
     pairs = raw.items() if isinstance(raw, Mapping) else zip(raw[::2], raw[1::2], strict=True)
     fields: dict[str, Any] = {name.decode(): value.decode() for name, value in pairs}
-    fields |= {"name": fields.get("name") or id_, "queue": fields.get("queue") or f"agent:{id_}"}
+    fields |= {"name": fields.get("name") or id_, "queue": fields.get("queue") or queue_of(id_)}
     numbers = {name: int(fields.get(name, "0")) for name in ("version", "created_at", "updated_at")}
     return Agent(**{**fields, **numbers, "id": id_, "org": org})

@@ -23,6 +23,9 @@ TEXT_BYTES_MAX = 192 * 1024
 ID = re.compile(r"[A-Za-z0-9:_.\-]{1,128}")
 """Task and session ids, as Shannon's gateway checks them (contract §1.0)."""
 
+NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
+"""Organisations and owners. No colon and no slash: these part the pieces of a key and of a queue's member."""
+
 FINAL_OUTPUT = "final_output"
 """The agent whose text is the user's answer (Shannon's contract §3)."""
 
@@ -37,8 +40,7 @@ Approval = Annotated[str, Meta(min_length=1, max_length=256)]
 """An approval without a name could never be decided."""
 Reason = Annotated[str, Meta(max_length=4000)]
 """Stands in the snapshot, and so in every list."""
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.\-]{1,64}\Z")]
-"""Organisations and owners. No colon and no slash: these part the pieces of a key and of a queue's member."""
+Name = Annotated[str, Meta(pattern=rf"^{NAME.pattern}\Z")]
 
 
 class Event(Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="type", gc=False):

@@ -21,7 +21,7 @@ from starlette.datastructures import Headers, QueryParams
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import keys
+from app import events, keys
 from app.errors import Forbidden, Invalid, NotFound, TaskcastError, Unauthorized
 from app.settings import Settings
 from app.store import Store
@@ -38,8 +38,6 @@ QUEUES_MAX = 100
 """That a worker's key may name."""
 QUEUE_CHARACTERS_MAX = 256
 
-_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
-"""Organisations and users: no colon and no slash, which separate the parts of keys in the store."""
 _ALPHABET = string.ascii_letters + string.digits
 _QUERY_KEY_PATH = re.compile(r"/api/v1/(stream/[a-z]+|tasks/[^/]+/stream)")
 """A native EventSource cannot send headers (Shannon's contract §2.1)."""
@@ -109,7 +107,7 @@ class Identities:
     async def create(self, org: str, user: str, name: str, *, worker: bool = False, queues: Sequence[str] = ()) -> str:
         """The new key: shown once, for only its hash is kept. `user` may be empty. Raises Invalid."""
         for what, value in (("organisation", org), ("user", user)):
-            if not _NAME.fullmatch(value) and (value or what == "organisation"):
+            if not events.NAME.fullmatch(value) and (value or what == "organisation"):
                 raise Invalid(f"The {what} must have 1 to 64 of the characters A-Z a-z 0-9 _ . -")
         if len(name) > NAME_CHARACTERS_MAX or not name.isprintable():
             raise Invalid(f"The name must have at most {NAME_CHARACTERS_MAX} printable characters.")

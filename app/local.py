@@ -1,4 +1,4 @@
-"""The verbs that run here, on the store itself: serve, worker, keys, verify, rebuild. `remote.py` has the others.
+"""The verbs that run here, on the store itself: serve, worker, keys, agents, verify, rebuild. `remote.py` has the others.
 
 They read the settings (`TASKCAST_*`; options win) and open the store themselves. The file is long because each verb says
 its own settings, errors and screens; what runs child processes is in `supervisor.py`.
@@ -28,6 +28,7 @@ from rich.text import Text
 from typer import Argument, Option
 
 from app import __version__
+from app.agents import EFFORTS, Agent
 from app.errors import Misconfigured, TaskcastError
 from app.identity import DEVELOPMENT_KEY, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identities, Key, loopback
 from app.ops import counted_together
@@ -51,6 +52,7 @@ POLL_SECONDS = 0.05
 cli = typer.Typer()
 store_cli = typer.Typer()
 keys_cli = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+agents_cli = typer.Typer(help="Say what tasks of an agent are done with, unless they say so.", no_args_is_help=True)
 
 Data = Annotated[Path | None, Option("--data", help="Folder of the embedded store [TASKCAST_DATA; .taskcast].")]
 RedisUrl = Annotated[
@@ -425,6 +427,75 @@ def revoke(
 
 
 store_cli.add_typer(keys_cli, name="keys", rich_help_panel="Store")
+
+
+# agents
+
+AGENTS_PAGE = 1000
+
+AgentId = Annotated[str, Argument(metavar="ID", help="As tasks name it; `default` for tasks that name none.")]
+Org = Annotated[str, Option(help="Organisation: whose agent it is.")]
+
+
+@agents_cli.command("list")
+def list_agents(org: Org = DEVELOPMENT_ORG, data: Data = None, redis: RedisUrl = None) -> None:
+    """List an organisation's agents, oldest first. A task for an agent makes one, too."""
+
+    async def main(store: Store) -> list[Agent]:
+        found: list[Agent] = []
+        while page := (await store.agents.list(org, offset=len(found), limit=AGENTS_PAGE))[0]:
+            found += page
+        return found
+
+    found = _on_store(main, existing(data=data, redis_url=redis))
+    if not found:
+        sys.stdout.write("There are no agents. `taskcast agents set` makes one, and so does a task for one.\n")
+        return
+    heads = ("ID", "CREATED", "VERSION", "PROVIDER", "MODEL", "EFFORT", "QUEUE", "NAME")
+    rows = [
+        [one.id, _local(one.created_at), str(one.version), one.provider, one.model, one.effort, one.queue, one.name]
+        for one in found
+    ]
+    print_columns(Console(), heads, [[cell or "-" for cell in row] for row in rows])
+
+
+@agents_cli.command("set")
+def set_agent(
+    agent: AgentId,
+    name: Annotated[str | None, Option(help="For people.")] = None,
+    provider: Annotated[str | None, Option(help="Of the model, such as openai.")] = None,
+    model: Annotated[str | None, Option(help="What its tasks are done with.")] = None,
+    effort: Annotated[str | None, Option(help=f"Of the model: {', '.join(EFFORTS[1:])}.")] = None,
+    queue: Annotated[str | None, Option(help="Where its tasks wait; agent:ID when it names none.")] = None,
+    org: Org = DEVELOPMENT_ORG,
+    data: Data = None,
+    redis: RedisUrl = None,
+) -> None:
+    """Change an agent, or make it. What is not given stays; an empty text takes back what was said."""
+
+    async def main(store: Store) -> Agent:
+        return await store.agents.save(
+            org, agent, name=name, provider=provider, model=model, effort=effort, queue=queue
+        )
+
+    settings = settings_of(data=data, redis_url=redis)
+    _say_if_new(settings)
+    saved = _on_store(main, settings)
+    sys.stdout.write(f"{saved.id} has version {saved.version}. It counts for tasks that are submitted from now on.\n")
+
+
+@agents_cli.command("delete")
+def delete_agent(agent: AgentId, org: Org = DEVELOPMENT_ORG, data: Data = None, redis: RedisUrl = None) -> None:
+    """Forget what was said of an agent. Its tasks stay."""
+
+    async def main(store: Store) -> None:
+        await store.agents.delete(org, agent)
+
+    _on_store(main, existing(data=data, redis_url=redis))
+    sys.stdout.write(f"{agent} is forgotten; its tasks stay.\n")
+
+
+store_cli.add_typer(agents_cli, name="agents", rich_help_panel="Store")
 
 
 # verify, rebuild

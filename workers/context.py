@@ -19,6 +19,7 @@ import structlog
 from msgspec import Struct
 
 from app import events
+from app.agents import DEFAULT, effective, queue_of
 from app.errors import Conflict, NotFound, Unavailable
 from app.events import FINAL_OUTPUT, AnyEvent, Json, Submission, Usage
 from app.log import Appended, random_id, task_id_of
@@ -364,7 +365,8 @@ class Context:
     ) -> Child:
         """Makes a sub-task: of the same owner and session, cancelled together with this one.
 
-        `agent` waits on its own queue, `agent:<name>`, unless another is named; without either it waits on `default`.
+        `agent` waits on its own queue, unless another is named, and brings the model of its record; without either the
+        sub-task waits on `default`.
         The same `key` again, in a later attempt too, is the same sub-task; one that was cancelled together with this
         task, before somebody retried it, is then tried again as well. A handler that waits for its children holds
         its slot: let them wait on a queue of their own, or give the worker more slots.
@@ -380,16 +382,18 @@ class Context:
                 return Child(self, id_)
         else:
             id_ = f"task_{random_id()}"
+        called = agent or DEFAULT
+        known = await self._unless_over(attempt.insist(lambda: attempt.store.agents.get(task.org, called)))
         child = Submission(
             id=id_,
             org=task.org,
             owner=task.owner,
             user=task.user,
-            agent=agent or "default",
+            agent=called,
             session=task.session,
             parent=task.id,
             trigger=task.agent,
-            queue=queue or (f"agent:{agent}" if agent else "default"),
+            queue=queue or (known.queue if known else queue_of(called)),
             priority=priority,
             dialect=task.dialect,
             title=title,
@@ -400,7 +404,7 @@ class Context:
             deadline_seconds=timeout_seconds,
             submission=id_,
         )
-        await self._say(events.ChildSubmitted(task=child))
+        await self._say(events.ChildSubmitted(task=effective(child, known) if known else child))
         return Child(self, id_)
 
     async def _again(self, id_: str, timeout_seconds: float) -> None:

@@ -1,7 +1,7 @@
 """A task answered by a language model, over any OpenAI-compatible endpoint.
 
-The endpoint is the environment's: OPENAI_BASE_URL, OPENAI_API_KEY and, unless the task names a model, OPENAI_MODEL;
-all are read when a task begins. The text streams as it comes. What the endpoint does not report (tokens, a price) is
+The endpoint is the environment's: OPENAI_BASE_URL, OPENAI_API_KEY and, unless the task or its agent names a model,
+OPENAI_MODEL; all are read when a task begins. The text streams as it comes. What the endpoint does not report (tokens, a price) is
 not made up.
 
 429, 5xx and refused connections are tried again, with backoff, before the first byte of an answer. A stream that
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from http import HTTPStatus
 from ipaddress import ip_address
-from typing import Annotated
+from typing import Annotated, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -37,6 +37,7 @@ from openai import (
 )
 from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletionChunk, ChatCompletionMessageParam
+from openai.types.shared import ReasoningEffort
 from pydantic import Field
 
 from app.task import Task
@@ -77,14 +78,17 @@ async def llm(
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None,
     max_tokens: Annotated[int, Field(ge=1)] | None = None,
 ) -> str:
-    """`*_override` are Shannon's spellings. A provider named by the task is believed only when the address tells none."""
+    """`*_override` are Shannon's spellings; what neither they nor the others say, the task's agent may. A provider named by
+    the task is believed only when the address tells none.
+    """
     endpoint = Endpoint.from_env(os.environ)
-    wanted = model_override or model or os.environ.get("OPENAI_MODEL")
+    wanted = model_override or model or task.llm_model or os.environ.get("OPENAI_MODEL")
     if not wanted:
         raise Failed("No model is named: give `model` in the task's context, or set OPENAI_MODEL for the worker.")
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": task.query}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
+    named = provider_override or provider or task.llm_provider
     # OpenAI's newer models refuse `max_tokens`; other endpoints know no other name.
     renamed = endpoint.provider == "openai"
 
@@ -97,6 +101,7 @@ async def llm(
                 messages=messages,
                 stream=True,
                 stream_options={"include_usage": True},
+                reasoning_effort=cast("ReasoningEffort", task.llm_effort) if task.llm_effort else omit,
                 temperature=omit if temperature is None else temperature,
                 max_tokens=omit if renamed or max_tokens is None else max_tokens,
                 max_completion_tokens=max_tokens if renamed and max_tokens is not None else omit,
@@ -107,7 +112,7 @@ async def llm(
             await answer.read(stream, ctx.delta)
         server = stream.response.headers.get("server", "")
 
-    record(ctx, answer, endpoint, server=server, model=answer.model or wanted, given=provider_override or provider)
+    record(ctx, answer, endpoint, server=server, model=answer.model or wanted, given=named)
     return await conclude(ctx, answer, endpoint, wanted)
 
 

@@ -122,7 +122,7 @@ def never_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_claim_tells_all_that_a_worker_needs(store: Store, worker: Worker) -> None:
     id_ = await submit(
-        store, context={"a": 1}, agent="writer", deadline_seconds=60, trace="00-ab-cd-01", max_attempts=2
+        store, context={"a": 1}, agent="writer", llm_model="m", deadline_seconds=60, trace="00-ab-cd-01", max_attempts=2
     )
     answer = await worker.post("/claim", worker="w1", queues=["other", "default"], slots=5)
     assert answer.status_code == 200
@@ -141,6 +141,9 @@ async def test_a_claim_tells_all_that_a_worker_needs(store: Store, worker: Worke
                 "query": "why?",
                 "context": {"a": 1},
                 "agent": "writer",
+                "llm_provider": None,
+                "llm_model": "m",
+                "llm_effort": None,
                 "session": "s1",
                 "parent": None,
                 "user": None,

@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from app import errors, events
+from app.agents import DEFAULT, queue_of
 from app.answers import clock, plain
 from app.errors import Conflict, Invalid, TaskcastError
 from app.events import AnyEvent, Entry, Json, Submission, Usage
@@ -106,10 +107,21 @@ class Request(Struct):
     max_attempts: int | None = None
 
 
+class Execution(Struct):
+    """What the body of POST /agents/{id} has beside that of POST /tasks (§1.15)."""
+
+    input: str | Json
+    context: Json | None = None
+
+
+ASKING = ("query", "text", "input")
+"""Which field of an agent's `input` is its question, when it is a text; else all of it is."""
+
+
 def submission(
-    body: bytes, who: Identity, *, secret: bytes = b"", idempotency_key: str = "", trace: str = ""
+    body: bytes, who: Identity, *, agent: str = "", secret: bytes = b"", idempotency_key: str = "", trace: str = ""
 ) -> Submission:
-    """Raises Invalid with the contract's own sentences (§1.2), and TooLarge.
+    """`agent`: whom the path names (§1.15). Raises Invalid with the contract's own sentences (§1.2), and TooLarge.
 
     With an idempotency key the task's id follows from it, so that racing callers meet in one task.
     """
@@ -117,7 +129,7 @@ def submission(
         raise too_large(SUBMISSION_BYTES_MAX)
     raw = json_of(body)
     try:
-        asked = msgspec.convert(raw, Request)
+        asked = msgspec.convert(_execution(raw) if agent else raw, Request)
     except msgspec.ValidationError as error:
         raise Invalid(f"Invalid request body: {error}") from error
     query = asked.query or ("[User sent file attachments]" if (asked.context or {}).get("attachments") else "")
@@ -136,11 +148,15 @@ def submission(
         id=f"task_{derived or random_id()}",
         org=who.org,
         owner=who.user,
+        agent=agent or DEFAULT,
         session=asked.session_id or str(uuid4()),
+        queue=queue_of(agent or DEFAULT),
         dialect="shannon",
         query=query,
         context=context,
         mode=mode,
+        llm_provider=_said(context, "provider_override"),
+        llm_model=_said(context, "model_override"),
         trace=trace,
         priority=asked.priority or 0,
         max_attempts=asked.max_attempts or 0,
@@ -148,8 +164,21 @@ def submission(
         ttl_seconds=asked.ttl_seconds + delay if asked.ttl_seconds else 0,
         delay_seconds=delay,
         submission=random_id(),
-        body_hash=canonical_hash(raw) if idempotency_key else "",
+        body_hash=canonical_hash([agent, raw] if agent else raw) if idempotency_key else "",
     )
+
+
+def _execution(raw: Any) -> Json:
+    """The body of POST /tasks that says the same. Raises ValidationError.
+
+    The agent gets the whole of an `input` that is an object as its context; what stands in `context` itself wins.
+    """
+    asked = msgspec.convert(raw, Execution)
+    if isinstance(asked.input, str):
+        return {**raw, "query": asked.input}
+    texts = [_said(asked.input, name) for name in ASKING]
+    query = next(filter(None, texts), "") or msgspec.json.encode(asked.input).decode()
+    return {**raw, "query": query, "context": {**asked.input, **(asked.context or {})}}
 
 
 def _check(asked: Request) -> None:
@@ -219,9 +248,10 @@ def _context(asked: Request) -> Json:
     return context
 
 
-def _said(context: Json, name: str) -> bool:
+def _said(context: Json, name: str) -> str:
+    """Empty, too, for what is no text."""
     value = context.get(name)
-    return isinstance(value, str) and bool(value.strip())
+    return value.strip() if isinstance(value, str) else ""
 
 
 def _yes(value: Any) -> bool:

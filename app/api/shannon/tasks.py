@@ -13,11 +13,13 @@ from typing import Any
 
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
+from app.agents import effective
 from app.answers import clock
 from app.api.shannon.history import History, cursor, open_history, wait_seconds
 from app.api.shannon.spelling import (
@@ -97,7 +99,8 @@ class Accepted(Struct, frozen=True):
     headers: dict[str, str]
 
 
-async def _submit(request: Request) -> Accepted:
+async def accept(request: Request, agent: str = "") -> Accepted:
+    """`agent`: whom the path names. A task is for the default agent otherwise, whose record nobody has to make."""
     who, store = caller(request), store_of(request)
     key = idempotency_key(request)
     trace = request.headers.get("traceparent", "")
@@ -105,11 +108,15 @@ async def _submit(request: Request) -> Accepted:
     asked = submission(
         body,
         who,
+        agent=agent,
         secret=store.partitions.secret,
         idempotency_key=key,
         # An invalid one is as none (W3C Trace Context §3.2).
         trace=trace if _TRACEPARENT.fullmatch(trace) else "",
     )
+    record = store.agents.used(who.org, agent) if agent else store.agents.get(who.org, asked.agent)
+    if known := await record:
+        asked = replace(effective(asked, known), queue=known.queue)
     appended = await store.submit(asked, actor=actor(who))
     session, headers = asked.session, {}
     if appended.cached:
@@ -125,7 +132,7 @@ async def _submit(request: Request) -> Accepted:
 
 async def submit(request: Request) -> Response:
     """200, and no other 2xx: the SDK takes all else for an error (§0.1). `status` is the call's, not the task's."""
-    accepted = await _submit(request)
+    accepted = await accept(request)
     body = {
         "task_id": accepted.task,
         "workflow_id": accepted.task,
@@ -139,7 +146,7 @@ async def submit(request: Request) -> Response:
 
 async def submit_for_stream(request: Request) -> Response:
     """§1.3."""
-    accepted = await _submit(request)
+    accepted = await accept(request)
     url = f"/api/v1/stream/sse?workflow_id={accepted.task}"
     body = {"workflow_id": accepted.task, "task_id": accepted.task, "stream_url": url}
     return reply(body, 201, {**accepted.headers, "Link": f"<{url}>; rel=stream"})
