@@ -254,5 +254,8 @@ async def test_a_plain_task_is_the_default_agents_and_makes_no_record(client: ht
 
 
 async def test_a_model_name_that_nothing_could_keep_is_400(client: httpx.AsyncClient) -> None:
-    answer = await client.post(TASKS, json={"query": "why?", "model_override": "m" * 257})
-    assert answer.status_code == 400
+    for name in ("model_override", "provider_override"):
+        answer = await client.post(TASKS, json={"query": "why?", "context": {name: "m" * 257}})
+        assert (answer.status_code, answer.json()) == (400, {"error": f"{name} too long (max 256 characters)"})
+    answer = await client.post(TASKS, json={"query": "why?", "model_override": "m" * 256})
+    assert answer.status_code == 200

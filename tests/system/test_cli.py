@@ -291,6 +291,8 @@ async def test_a_dead_task_is_listed_and_tried_again(server: Server, shared: Sto
         ("serve --no-worker --llm", "contradict"),
         ("verify --data no-such-folder", "is no data folder"),
         ("keys list --data no-such-folder", "is no data folder"),
+        ("agents list --data no-such-folder", "is no data folder"),
+        ("agents set", "Missing argument 'ID'. See taskcast agents set --help."),
         ("rebuild --redis redis://127.0.0.1:1", "with --yes"),
     ],
 )
@@ -432,6 +434,7 @@ async def test_help_names_the_verbs_and_the_exit_codes() -> None:
         "approvals",
         "delete",
         "keys",
+        "agents",
         "verify",
         "rebuild",
     ]:
@@ -746,6 +749,46 @@ async def test_a_workers_key_says_what_it_is_for(server: Server, folder: Path) -
     assert "This key is a worker's" in refused.err
     for wrong in (["--queues", "a"], ["--worker", "--queues", "a\x07"]):
         assert (await taskcast("keys", "create", *data, *wrong)).code == 2
+
+
+async def test_agents_are_set_listed_and_deleted_while_the_server_runs(
+    server: Server, folder: Path, http: httpx.AsyncClient
+) -> None:
+    data = ("--data", str(folder / "data"))
+    none = await taskcast("agents", "list", *data, "--org", "nobody")
+    assert none == Ran(0, "There are no agents. `taskcast agents set` makes one, and so does a task for one.\n", "")
+    said = "It counts for tasks that are submitted from now on.\n"
+    given = ("--provider", "openai", "--model", "m", "--effort", "high", "--name", "The CLI's own")
+    assert await taskcast("agents", "set", "cli:agent", *data, *given) == Ran(0, f"cli:agent has version 1. {said}", "")
+    assert (await http.get("/api/v1/agents/cli:agent")).json()["model"] == "m"
+    changed = await taskcast("agents", "set", "cli:agent", *data, "--model", "n", "--effort", "", "--queue", "cli")
+    assert changed == Ran(0, f"cli:agent has version 2. {said}", "")
+    task = (await http.post("/api/v1/agents/cli:agent", json={"input": "x"})).json()["task_id"]
+    await taskcast("agents", "set", "cli:other", *data)
+    lines = (await taskcast("agents", "list", *data)).out.splitlines()
+    assert lines[0].split() == ["ID", "CREATED", "VERSION", "PROVIDER", "MODEL", "EFFORT", "QUEUE", "NAME"]
+    listed = [line for line in lines if line.startswith("cli:")]
+    assert re.fullmatch(
+        r"cli:agent +\d{4}-\d\d-\d\d \d\d:\d\d +2 +openai +n +- +cli +The CLI's own", listed[0].rstrip()
+    )
+    assert re.fullmatch(r"cli:other +\S+ \S+ +1 +- +- +- +agent:cli:other +cli:other", listed[1].rstrip())
+    assert await taskcast("agents", "delete", "cli:agent", *data) == Ran(
+        0, "cli:agent is forgotten; its tasks stay.\n", ""
+    )
+    assert (await taskcast("agents", "delete", "cli:agent", *data)).err == "Agent not found\n"
+    assert (await http.get("/api/v1/agents/cli:agent")).status_code == 404
+    assert (await http.get(f"/api/v1/tasks/{task}")).status_code == 200
+    wrong: list[tuple[list[str], str]] = [
+        (["a b"], "An agent's id has 1 to 128"),
+        (["a", "--org", "a:b"], "An organisation has 1 to 64"),
+        (["a", "--effort", "extreme"], "An agent's effort is one of low, medium, high, xhigh."),
+        (["a", "--queue", "a,b"], "has no comma"),
+        (["a", "--name", "a\x07"], "printable"),
+    ]
+    for words, sentence in wrong:
+        ran = await taskcast("agents", "set", *words, *data)
+        assert (ran.code, ran.out) == (2, "")
+        assert sentence in ran.err
 
 
 async def test_verify_finds_what_differs_and_rebuild_mends_it_when_nobody_else_is_there(tmp_path: Path) -> None:

@@ -103,6 +103,37 @@ async def test_a_task_is_submitted_waited_for_and_read(client: AsyncShannonClien
     assert await client.get_status(handle.task_id) == done
 
 
+async def test_an_agent_is_executed_waited_for_listed_and_read(
+    client: AsyncShannonClient, http: httpx.AsyncClient
+) -> None:
+    with pytest.raises(errors.ShannonError) as raised:
+        await client.get_agent("nobody")
+    assert (str(raised.value.message), raised.value.code) == ("Agent not found", "404")
+    known = {agent.id for agent in await client.list_agents()}
+    assert "nobody" not in known
+    execution = await client.execute_agent("echo", {"query": QUERY, "depth": 2}, session_id="of-an-agent")
+    assert (execution.agent_id, execution.status, execution.session_id) == ("echo", "STATUS_CODE_OK", "of-an-agent")
+    assert execution.workflow_id == execution.task_id
+    done = await client.wait(execution.task_id, timeout=20, poll_interval=POLL_SECONDS)
+    assert (done.result, done.query, done.context) == (QUERY, QUERY, {"query": QUERY, "depth": 2})
+    assert execution.created_at == done.created_at
+    assert [event.type for event in await streamed(client, execution.workflow_id)] == LIFE
+    without_question = await client.execute_agent("echo", {"symbol": "TSLA"}, stream=True)
+    done = await client.wait(without_question.task_id, timeout=20, poll_interval=POLL_SECONDS)
+    assert (done.result, done.session_id) == ('{"symbol":"TSLA"}', without_question.session_id)
+    (found,) = [agent for agent in await client.list_agents() if agent.id == "echo"]
+    assert found == await client.get_agent("echo")
+    assert (found.name, found.description, found.input_schema, found.cost_per_call) == ("echo", "", {}, 0.0)
+    assert (await http.get("/api/v1/agents/echo")).json()["queue"] == "agent:echo"
+
+
+def test_an_agent_is_executed_by_the_blocking_client(blocking: ShannonClient) -> None:
+    execution = blocking.execute_agent("echo", {"text": QUERY})
+    # Not by its own `wait`: what it holds is the other client, whose coroutine nobody would run.
+    assert blocking.wait(execution.task_id, timeout=20, poll_interval=POLL_SECONDS).result == QUERY
+    assert blocking.get_agent("echo") in blocking.list_agents()
+
+
 async def test_a_bearer_token_is_as_good_as_an_api_key(server: Server) -> None:
     async with AsyncShannonClient(server.url, bearer_token=KEY) as client:
         handle = await finished(client)

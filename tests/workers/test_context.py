@@ -475,6 +475,26 @@ async def wide(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         yield Bench(store)
 
 
+async def test_a_sub_task_has_its_agents_queue_and_model(wide: Bench) -> None:
+    await wide.store.agents.save("o", "writer", provider="openai", model="m", effort="low", queue="child")
+
+    @task("parent")
+    async def parent(task: Task, ctx: Context) -> str:
+        asked: list[dict[str, Any]] = [{"agent": "writer"}, {"agent": "writer", "queue": "q"}, {"agent": "a b"}, {}]
+        return " ".join([(await ctx.submit("q", **one)).id for one in asked])
+
+    id_ = await wide.submit(queue="parent")
+    async with wide.work(parent):
+        done = await wide.until_ended(id_)
+    children = [await wide.task(child) for child in done.result.split()]
+    assert [(one.agent, one.queue, one.llm_model, one.llm_provider, one.llm_effort) for one in children] == [
+        ("writer", "child", "m", "openai", "low"),
+        ("writer", "q", "m", "openai", "low"),
+        ("a b", "agent:a b", "", "", ""),
+        ("default", "default", "", "", ""),
+    ]
+
+
 async def test_a_sub_task_knows_its_family_and_its_end_is_awaited_without_polling(
     wide: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

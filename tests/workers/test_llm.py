@@ -234,6 +234,22 @@ async def test_a_task_may_choose_model_system_prompt_temperature_and_length(ask:
     assert body["max_tokens"] == 7
 
 
+async def test_the_agents_model_and_effort_hold_unless_the_task_says_more(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_MODEL", "from-the-environment")
+    ctx = Recorder()
+    ctx.task = msgspec.structs.replace(ctx.task, llm_model="agents", llm_provider="openai", llm_effort="xhigh")
+    priced = [{**one, "model": "gpt-4o-mini"} for one in WHOLE]
+    async with serving(telling(*priced)) as server:
+        await ask(ctx, server, model="")
+        await ask(ctx, server, model="own")
+        await ask(ctx, server, model="own", model_override="override", provider="anthropic")
+    assert [one.body["model"] for one in server.seen] == ["agents", "own", "override"]
+    assert {one.body["reasoning_effort"] for one in server.seen} == {"xhigh"}
+    assert [used["provider"] for used in ctx.usage] == ["openai", "openai", "anthropic"]
+
+
 async def test_the_environment_names_the_model_when_the_task_does_not(
     ask: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -245,6 +245,9 @@ def _context(asked: Request) -> Json:
         _said(context, name) for name in ("model_tier", "model_override", "provider_override")
     ):
         raise Invalid("disable_ai=true conflicts with model_tier/model_override")
+    for name in ("model_override", "provider_override"):
+        if len(_said(context, name)) > CHARACTERS_MAX:
+            raise Invalid(f"{name} too long (max {CHARACTERS_MAX} characters)")
     return context
 
 
