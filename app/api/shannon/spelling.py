@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from app import errors, events
-from app.agents import DEFAULT, queue_of
+from app.agents import CHARACTERS_MAX, DEFAULT, queue_of
 from app.answers import clock, plain
 from app.errors import Conflict, Invalid, TaskcastError
 from app.events import AnyEvent, Entry, Json, Submission, Usage

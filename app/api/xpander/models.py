@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 
@@ -98,18 +98,28 @@ class Invocation(Model):
     permission_mode: Literal["full", "gated"] | None = None
 
 
+Count = Annotated[int, Field(ge=0, le=2**53 - 1), BeforeValidator(lambda value: 0 if value is None else value)]
+
+
 class Tokens(Model):
-    completion_tokens: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
-    prompt_tokens: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
+    completion_tokens: Count = 0
+    prompt_tokens: Count = 0
 
 
 class Update(Model):
-    """A PATCH: a few fields, or a whole task as the SDK last saw it. Which ones were sent, `model_fields_set` says."""
+    """A PATCH: a few fields, or a whole task as the SDK last saw it. Which ones were sent, `model_fields_set` says.
+
+    Nothing is refused that can be kept: a worker whose last PATCH is refused has lost its result, and nobody hears of it.
+    """
+
+    model_config = ConfigDict(coerce_numbers_to_str=True)
 
     status: Word | None = None
     result: str | None = None
-    internal_status: Annotated[str, Field(max_length=INTERNAL_STATUS_MAX)] | None = None
+    internal_status: Annotated[str, AfterValidator(lambda value: value[:INTERNAL_STATUS_MAX])] | None = None
+    """Cut off at INTERNAL_STATUS_MAX characters."""
     title: str | None = None
+    source: str | None = None
     tokens: Tokens | None = None
     last_executed_node_id: str | None = None
     deep_planning: Json | None = None

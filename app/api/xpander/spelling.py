@@ -15,7 +15,7 @@ from uuid import uuid4
 import msgspec
 
 from app import errors, events
-from app.agents import Agent
+from app.agents import Agent, effective
 from app.answers import clock, plain
 from app.api.xpander.models import Invocation, Rejected, Report, Tokens, Update, Word
 from app.errors import Invalid, TaskcastError, TooLarge
@@ -58,7 +58,7 @@ def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, k
     """
     id_ = asked.id or str(uuid4())
     user = asked.input.user
-    return Submission(
+    made = Submission(
         id=id_,
         org=who.org,
         owner=who.user,
@@ -73,30 +73,32 @@ def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, k
         title=asked.title or "",
         query=asked.input.text or "",
         context=asked.payload_extension or {},
-        llm_provider=asked.llm_model_provider or agent.provider,
-        llm_model=asked.llm_model_name or agent.model,
-        llm_effort=asked.llm_reasoning_effort or agent.effort,
+        llm_provider=asked.llm_model_provider or "",
+        llm_model=asked.llm_model_name or "",
+        llm_effort=asked.llm_reasoning_effort or "",
         output_schema=_schema(asked),
         extra=_extra(asked, kind),
         submission=random_id(),
     )
+    return effective(made, agent)
 
 
 def turn(asked: Invocation, agent: Agent, actor: str, *, kind: str) -> Continued:
     """The next turn of the task that the request names."""
-    return Continued(
+    made = Continued(
         actor=actor,
         query=asked.input.text or "",
         title=asked.title or "",
         context=asked.payload_extension or {},
         queue=_queue(asked, agent),
-        llm_provider=asked.llm_model_provider or agent.provider,
-        llm_model=asked.llm_model_name or agent.model,
-        llm_effort=asked.llm_reasoning_effort or agent.effort,
+        llm_provider=asked.llm_model_provider or "",
+        llm_model=asked.llm_model_name or "",
+        llm_effort=asked.llm_reasoning_effort or "",
         output_schema=_schema(asked),
         extra=_extra(asked, kind),
         submission=random_id(),
     )
+    return effective(made, agent)
 
 
 def _queue(asked: Invocation, agent: Agent) -> str:
@@ -125,7 +127,7 @@ def _extra(asked: Invocation, kind: str) -> Json:
 
 STATED = (
     *("last_executed_node_id", "deep_planning", "hitl_request", "pending_eca_request", "additional_context"),
-    *("payload_extension", "used_tools", "used_mutating_tools", "duration"),
+    *("payload_extension", "used_tools", "used_mutating_tools", "duration", "source"),
 )
 """What a PATCH may change and nobody here reads: kept as it is, for this turn."""
 
@@ -224,7 +226,7 @@ def usage_of(tokens: Tokens | None, found: Task) -> Usage | None:
 def reported(report: Report, agent: Agent, who: Identity) -> Submission:
     """A task that ran elsewhere, to be ended by `report_of`. No worker gets it."""
     id_ = report.id or str(uuid4())
-    return Submission(
+    made = Submission(
         id=id_,
         org=who.org,
         owner=who.user,
@@ -234,12 +236,10 @@ def reported(report: Report, agent: Agent, who: Identity) -> Submission:
         dialect="xpander",
         source="sdk",
         query=report.input or "",
-        llm_provider=agent.provider,
-        llm_model=agent.model,
-        llm_effort=agent.effort,
         extra={"input": {}},
         submission=random_id(),
     )
+    return effective(made, agent)
 
 
 def report_of(found: Task, report: Report, actor: str) -> Restated | None:
@@ -317,7 +317,7 @@ def task_body(found: Task, children: Sequence[tuple[str, Status]] = ()) -> Json:
         "used_tools": [],
         "duration": max(0, found.finished_at - found.started_at) / 1_000_000 if found.started_at else 0,
     }
-    return body | stated
+    return body | {name: stated[name] for name in STATED if name in stated}
 
 
 def input_body(found: Task) -> Json:
