@@ -7,17 +7,23 @@ Nobody above this file says Redis; nobody below it says HTTP.
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 
+import msgspec
+
+from app import keys
 from app.agents import Agents
 from app.connect import Door
 from app.embedded import Embedded
-from app.errors import TaskcastError, Unavailable
-from app.events import AnyEvent
+from app.errors import TaskcastError, TooLarge, Unavailable
+from app.events import AnyEvent, Json
 from app.hub import Hub, Pull
 from app.log import Appended, Log, Partitions, Said, open_partitions
 from app.queues import Queues
 from app.settings import Settings
 from app.snapshots import Snapshots
 from app.task import FOLLOWED
+
+SECRETS_BYTES_MAX = 64 * 1024
+SECRETS_SECONDS = 24 * 3600
 
 
 class Store:
@@ -72,6 +78,25 @@ class Store:
         if children:
             await self._follow_up(org, task)
         return deleted
+
+    async def hide(self, org: str, task: str, secrets: Json) -> None:
+        """Keeps what a task's worker needs and nobody else may read: in no event, snapshot or list, and for a day only.
+        Said before the task, so that no worker gets it without; nothing: forgets what was. Raises TooLarge.
+        """
+        if not secrets:
+            await self.door.call("DEL", self._secrets(org, task), repeat=True)
+            return
+        raw = msgspec.json.encode(secrets)
+        if len(raw) > SECRETS_BYTES_MAX:
+            raise TooLarge(f"The secrets have {len(raw)} bytes; at most {SECRETS_BYTES_MAX} are allowed.")
+        await self.door.call("SET", self._secrets(org, task), raw, "EX", SECRETS_SECONDS, repeat=True)
+
+    async def hidden(self, org: str, task: str) -> Json:
+        raw = await self.door.read("GET", self._secrets(org, task))
+        return msgspec.json.decode(raw, type=Json) if raw else {}
+
+    def _secrets(self, org: str, task: str) -> str:
+        return keys.key(self.partitions.tag(org, task), "secrets", org, task)
 
     async def _follow_up(self, org: str, task: str) -> None:
         with suppress(Unavailable):

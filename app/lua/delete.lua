@@ -33,7 +33,8 @@ if fields.session then
 end
 
 plan.entry_id, plan.at = log_entry(plan, fields.status, 'gone')
-redis.call('DEL', plan.task, plan.events, plan.text, plan.next, plan.next_text, plan.base, plan.base_text, plan.thread)
+redis.call('DEL', plan.task, plan.events, plan.text, plan.next, plan.next_text, plan.base, plan.base_text, plan.thread,
+  key('secrets', org .. ':' .. id))
 follow_up(plan)
 redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence, 'created_at', fields.created_at,
   'submission', fields.submission or '')

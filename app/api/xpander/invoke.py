@@ -17,7 +17,7 @@ from starlette.routing import Route
 from app import events
 from app.api.xpander.models import Invocation, body_of, id_of
 from app.api.xpander.paths import member
-from app.api.xpander.spelling import connected, control, frame, frame_extended, submission, turn
+from app.api.xpander.spelling import connected, control, frame, frame_extended, secrets, submission, turn
 from app.api.xpander.tasks import again, whole
 from app.errors import Conflict, NotFound
 from app.events import Submission
@@ -44,9 +44,12 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     version = request.query_params.get("version") or request.headers.get("x-agent-version") or str(agent.version)
     version = version[:VERSION_CHARACTERS_MAX]
     known = await store.get(who.org, asked.id) if asked.id else None
+    hidden = secrets(asked)
     if known is None:
         made = submission(asked, agent, who, source=source, kind=kind)
         made = replace(made, extra={**made.extra, "agent_version": version})
+        if hidden:
+            await store.hide(who.org, made.id, hidden)
         await _submit(store, who, made)
         logger.info("task.submitted", task_id=made.id, org=who.org, agent=agent_id)
         id_ = made.id
@@ -55,6 +58,8 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     else:
         said = turn(asked, agent, actor(who), kind=kind)
         said = replace(said, extra={**said.extra, "agent_version": version})
+        if known.terminal:  # else they are the running turn's
+            await store.hide(who.org, known.id, hidden)
         try:
             await store.append(who.org, known.id, said)
         except Conflict as error:

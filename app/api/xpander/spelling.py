@@ -5,7 +5,7 @@ every key: an older SDK breaks on one that is absent, and a newer one takes its 
 always a text, and the key `configuration` never appears: the SDK fails on both.
 
 What it cannot say of a task: `held` and `paused` are one word, and a timed-out task is `failed`. Secrets
-(`user_oidc_token`, `user_tokens`, the keys and headers of MCP servers) are not kept, and so answered as null.
+(`user_oidc_token`, `user_tokens`, the keys and headers of MCP servers) reach the worker alone, and are null elsewhere.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -99,6 +99,13 @@ def turn(asked: Invocation, agent: Agent, actor: str, *, kind: str) -> Continued
         submission=random_id(),
     )
     return effective(made, agent)
+
+
+def secrets(asked: Invocation) -> Json:
+    """Of a request: what its worker alone may read (`Store.hide`). MCP servers are told whole there."""
+    given = asked.model_dump(mode="json", include={*SECRETS, "mcp_servers"}, exclude_none=True)
+    bare = not any(name in one for one in given.get("mcp_servers", []) for name in MCP_SECRETS)
+    return {name: value for name, value in given.items() if value and not (name == "mcp_servers" and bare)}
 
 
 def _queue(asked: Invocation, agent: Agent) -> str:
