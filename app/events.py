@@ -254,7 +254,7 @@ class Restated(Event, frozen=True, kw_only=True, tag="restated"):
     version: Annotated[int, Meta(ge=0, le=2**53 - 1)] = 0
     """Of `stated`: one more than that of the one it replaces, or it is refused."""
     usage: Usage | None = None
-    """Counts only when this ends the task."""
+    """Counts when this ends the task, or comes with `stated`, whose version keeps it from counting twice."""
 
 
 class Deleted(Event, frozen=True, kw_only=True, tag="deleted"):

@@ -310,12 +310,13 @@ def _effects(event: AnyEvent, before: Status) -> Change:
             paused = ("paused_at",) if event.to in {PAUSED, HELD} and before not in {PAUSED, HELD} else ()
             started = ("started_at",) if event.to == RUNNING and before is not RUNNING else ()
             ends = event.to in TERMINAL and before not in TERMINAL
+            counts = ends or event.stated is not None
             if event.stated is not None:
                 fields |= {"stated": text(event.stated), "stated_version": str(event.version)}
             return Change(
                 guard={"stated_version": str(event.version - 1 or "")} if event.stated is not None else {},
-                set=_present(fields | (_model(event.usage) if ends else {})),
-                spend=_usage(event.usage) if ends else {},
+                set=_present(fields | (_model(event.usage) if counts else {})),
+                spend=_usage(event.usage) if counts else {},
                 clear=tuple(gone),
                 stamp=paused + started,
                 # Re-opened, it may end once more: so that too is counted.

@@ -4,6 +4,7 @@ Lists are plain arrays, and DELETE stops. Whatever the SDK sends of a task that 
 is: it takes a refusal for a failure of its own, and says so (§3.5).
 """
 
+from collections.abc import Callable
 from contextlib import suppress
 
 import structlog
@@ -11,10 +12,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from app import events
 from app.api.xpander.invoke import accepted, stream
-from app.api.xpander.models import Listing, Model, Pushed, Report, Tokens, Update, body_of, id_of, list_of, query_of
+from app.api.xpander.models import Listing, Metrics, Pushed, Report, Update, body_of, id_of, list_of, query_of
 from app.api.xpander.paths import member
-from app.api.xpander.spelling import activity, pushed, report_of, reported, restated, task_item
+from app.api.xpander.spelling import activity, measured, pushed, report_of, reported, restated, task_item
 from app.api.xpander.tasks import ITEM, again, filter_of, stopped, task_of, whole
 from app.errors import Conflict, Invalid
 from app.events import Json
@@ -65,13 +67,14 @@ async def _history(request: Request, asked: Listing) -> Response:
 async def update(request: Request) -> Response:
     store, who, found = await task_of(request)
     asked = await body_of(request, Update)
-    return reply(await whole(store, await _restate(store, who, found, asked)))
+    found = await _restate(store, who, found, lambda task: restated(task, asked, actor(who)))
+    return reply(await whole(store, found))
 
 
-async def _restate(store: Store, who: Identity, found: Task, asked: Update) -> Task:
-    """Raises Conflict when the task moves faster than it can be stated."""
+async def _restate(store: Store, who: Identity, found: Task, state: Callable[[Task], events.Restated | None]) -> Task:
+    """`state` says what is to change of a task as it stands. Raises Conflict when it moves faster than it can be stated."""
     for left in reversed(range(RESTATE_TRIES)):
-        event = restated(found, asked, actor(who))
+        event = state(found)
         if event is None:
             return found
         try:
@@ -101,40 +104,19 @@ async def report(request: Request) -> Response:
         await store.submit(made, actor=actor(who))
     found = await store.get(who.org, made.id)
     assert found is not None, "just made, or known"
-    if event := report_of(found, asked, actor(who)):
-        with suppress(Conflict):  # it ended meanwhile
-            await store.append(who.org, found.id, event, operation=f"report:{random_id()}")
-    return reply(await whole(store, await again(store, found)))
-
-
-class Counted(Model):
-    worker: Tokens | None = None
-
-
-class Metrics(Model):
-    """Of what the SDK reports, what is looked at; the rest is its own statistics."""
-
-    execution_id: str | None = None
-    llm_tokens: Counted | None = None
-    ai_model: str | None = None
-    duration: float | None = None
+    found = await _restate(store, who, found, lambda task: report_of(task, asked, actor(who)))
+    return reply(await whole(store, found))
 
 
 async def metrics(request: Request) -> Response:
-    """Logged, not counted: a task's tokens come with its end (§3.5), and would be counted twice."""
-    who, agent_id = member(request), id_of(request, "agent_id")
+    """Of a task that is not known they are nobody's, and no fault of the worker's."""
+    store, who = store_of(request), member(request)
     asked = await body_of(request, Metrics)
-    tokens = asked.llm_tokens.worker if asked.llm_tokens and asked.llm_tokens.worker else Tokens()
-    logger.info(
-        "metrics.reported",
-        org=who.org,
-        agent=agent_id,
-        task_id=asked.execution_id,
-        model=asked.ai_model,
-        prompt_tokens=tokens.prompt_tokens,
-        completion_tokens=tokens.completion_tokens,
-    )
-    return reply({"success": True})
+    found = await store.get(who.org, asked.execution_id) if asked.execution_id else None
+    if found:
+        with suppress(Conflict):  # it moves, and the numbers of its end count
+            await _restate(store, who, found, lambda task: measured(task, asked, actor(who)))
+    return reply({"success": found is not None})
 
 
 async def log(request: Request) -> Response:

@@ -146,6 +146,20 @@ class Report(Model):
     used_tools: list[str] | None = None
 
 
+class Counted(Model):
+    worker: Tokens | None = None
+
+
+class Metrics(Model):
+    """Of what the SDK reports of an execution, what is kept; the rest is its own statistics."""
+
+    execution_id: str | None = None
+    status: str | None = None
+    ai_model: str | None = None
+    duration: float | None = None
+    llm_tokens: Counted | None = None
+
+
 class Pushed(Model):
     """An event that a worker pushes."""
 

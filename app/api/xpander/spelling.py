@@ -17,7 +17,7 @@ import msgspec
 from app import errors, events
 from app.agents import Agent, effective
 from app.answers import clock, plain
-from app.api.xpander.models import Invocation, Rejected, Report, Tokens, Update, Word
+from app.api.xpander.models import Invocation, Metrics, Rejected, Report, Tokens, Update, Word
 from app.errors import Invalid, TaskcastError, TooLarge
 from app.events import AnyEvent, Continued, Entry, Json, Restated, Submission, Usage
 from app.frames import Frame
@@ -40,6 +40,11 @@ STATUS: Mapping[Status, Word] = {
 
 ASKED = {word: tuple(status for status in STORED if STATUS[status] == word) for word in STATUS.values()}
 """What a `status` filter means: a set of our statuses."""
+
+REPORTED = f"{LOCAL}report"
+"""Queue of tasks that ran elsewhere."""
+METRICS = "metrics"
+"""Among what is stated: what the SDK reported."""
 
 SECRETS = ("user_tokens", "user_oidc_token")
 MCP_SECRETS = ("api_key", "client_id", "client_secret", "headers", "env_vars")
@@ -239,7 +244,7 @@ def reported(report: Report, agent: Agent, who: Identity) -> Submission:
         owner=who.user,
         agent=agent.id,
         session=id_,
-        queue=f"{LOCAL}report",
+        queue=REPORTED,
         dialect="xpander",
         source="sdk",
         query=report.input or "",
@@ -249,8 +254,25 @@ def reported(report: Report, agent: Agent, who: Identity) -> Submission:
     return effective(made, agent)
 
 
+def measured(found: Task, metrics: Metrics, actor: str) -> Restated | None:
+    """What the SDK reports of an execution, kept with the turn; its tokens count as far as they were not told before."""
+    said = metrics.model_dump(mode="json", exclude_none=True)
+    if found.stated.get(METRICS) == said:
+        return None
+    tokens = metrics.llm_tokens.worker if metrics.llm_tokens else None
+    return Restated(
+        actor=actor,
+        stated={**found.stated, METRICS: said},
+        version=found.stated_version + 1,
+        usage=usage_of(tokens, found),
+    )
+
+
 def report_of(found: Task, report: Report, actor: str) -> Restated | None:
-    """The end of a reported task; of one that ended before, its numbers."""
+    """The end of a reported task; of one that was reported before, what is new."""
+    if found.terminal and found.queue == REPORTED:
+        result = report.result or ""
+        return Restated(actor=actor, result=result) if result != (result_of(found) or "") else None
     said: Json = {"status": "failed" if report.is_success is False else "completed", "result": report.result}
     said |= {"tokens": report.tokens, "used_tools": report.used_tools, "duration": report.duration}
     return restated(found, Update.model_validate({name: one for name, one in said.items() if one is not None}), actor)
@@ -342,7 +364,7 @@ _NOBODY: Json = dict.fromkeys(("id", "first_name", "last_name", "additional_attr
 
 def result_of(found: Task) -> str | None:
     """A text, always (§2.1): a JSON result as its JSON, an error as its sentence."""
-    return found.result or found.error or ("" if found.status is Status.COMPLETED else None)
+    return found.error or found.result or ("" if found.status is Status.COMPLETED else None)
 
 
 def tokens_of(found: Task) -> Json | None:
