@@ -41,8 +41,6 @@ STATUS: Mapping[Status, Word] = {
 ASKED = {word: tuple(status for status in STORED if STATUS[status] == word) for word in STATUS.values()}
 """What a `status` filter means: a set of our statuses."""
 
-REPORTED = f"{LOCAL}report"
-"""Queue of tasks that ran elsewhere."""
 METRICS = "metrics"
 """Among what is stated: what the SDK reported."""
 
@@ -52,6 +50,8 @@ PINNED = "worker:"
 """Queue of what one registered worker alone may have."""
 LOCAL = "local:"
 """Queue of what a worker made for itself, and begins at once from the answer (its `--invoke`): nobody else claims it."""
+REPORTED = f"{LOCAL}report"
+"""Queue of tasks that ran elsewhere."""
 
 # Its request → our words
 
