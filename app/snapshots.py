@@ -67,8 +67,8 @@ class Filter(Struct, frozen=True, kw_only=True):
     """When they were made, µs, both included."""
 
     def ways(self) -> list[Way]:
-        """All ways that may be the shortest: which one is, the sizes of the indexes tell. One that is told entirely by
-        what it walks is among them wherever there is such an index.
+        """All ways that may be the shortest: which one is, the sizes of the indexes tell. Where indexes hold just what is
+        asked for, they are the only way.
         """
         assert self.owners is not None or not self.session, "a session is its owner's"
         paired: list[Union] = [((kind, name),) for kind, name in (("agent", self.agent), ("user", self.user)) if name]
@@ -443,8 +443,7 @@ class Snapshots:
             if len(before.found) < offset or before.next is None:
                 return Listed([], before.total, before.capped or before.next is not None, before.next)
             page = await self._page(search, before.next, 0, limit, fields)
-            cut_off = len(page.found) < limit and page.next is not None
-            page = _Page(page.found, before.total, before.capped or cut_off, page.next)
+            page = _Page(page.found, before.total, before.capped, page.next)
         tasks = []
         for _, _, values in page.found:
             pairs = {name: value.decode() for name, value in zip(fields, values, strict=True) if value is not None}

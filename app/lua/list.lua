@@ -51,14 +51,16 @@ local walked, checks, members = nil, nil, nil
 for _, way in ipairs(ways) do
   local count = 0
   for _, set in ipairs(unions[way[1]]) do count = count + redis.call('ZCOUNT', set, since, till) end
-  if not walked or count < members or count == members and #way[2] < #checks then
+  if not walked or count < members then
     walked, checks, members = unions[way[1]], way[2], count
   end
 end
 local filtered = #checks > 0
 
--- Each set's newest member that was not looked at yet, the newest of them first.
-local heads = {}
+-- The sets with what is left of each: its ranks from `rank` to before `stop`, and where several are merged, its newest
+-- member that was not walked yet; the set with the newest of these stands first. A single set is read without scores,
+-- which cost as much as the ids.
+local heads, scores = {}, {}
 local function advance(head)
   head.at = head.at + 2
   if not head.share[head.at] then
@@ -81,16 +83,26 @@ for _, set in ipairs(walked) do
   local stop = rank + redis.call('ZCOUNT', set, since, till)
   if resumed then rank = math.max(rank, passed(set)) end
   local head = { set = set, rank = rank + skipped, stop = stop, share = {}, at = 1, size = size }
-  if advance(head) then heads[#heads + 1] = head end
+  if head.rank < stop and (#walked == 1 or advance(head)) then heads[#heads + 1] = head end
 end
-table.sort(heads, newer)
+if #walked > 1 then table.sort(heads, newer) end
 
--- The next so many of the walk.
+-- The ids of the next so many of the walk.
 local function read(count)
-  local found = {}
-  while #found < count and heads[1] do
-    local head = heads[1]
-    found[#found + 1] = { id = head.id, score = head.score }
+  local head = heads[1]
+  if #walked == 1 then
+    local next_rank = math.min(head.rank + count, head.stop)
+    local ids = redis.call('ZREVRANGE', head.set, head.rank, next_rank - 1)
+    head.rank = next_rank
+    if next_rank == head.stop then heads = {} end
+    return ids
+  end
+  local ids = {}
+  for n = 1, count do
+    head = heads[1]
+    if not head then break end
+    ids[n] = head.id
+    scores[head.id] = head.score
     if advance(head) then
       local i = 1
       while heads[i + 1] and newer(heads[i + 1], head) do
@@ -102,49 +114,55 @@ local function read(count)
       table.remove(heads, 1)
     end
   end
-  return found
+  return ids
 end
 
 -- Of these the ones that are in each of the further unions.
-local function fitting(found)
+local function fitting(ids)
   for _, check in ipairs(checks) do
-    if #found == 0 then break end
-    local ids, hits, left = {}, {}, {}
-    for i, one in ipairs(found) do ids[i] = one.id end
+    if #ids == 0 then break end
+    local hits = {}
     for _, set in ipairs(unions[check]) do
-      for i, score in ipairs(redis.call('ZMSCORE', set, unpack(ids))) do hits[i] = hits[i] or score end
+      for i, score in ipairs(redis.call('ZMSCORE', set, unpack(ids))) do
+        if score then hits[i] = true end
+      end
     end
-    for i, one in ipairs(found) do
-      if hits[i] then left[#left + 1] = one end
+    local left, n = {}, 0
+    for i, id in ipairs(ids) do
+      if hits[i] then
+        n = n + 1
+        left[n] = id
+      end
     end
-    found = left
+    ids = left
   end
-  return found
+  return ids
 end
 
 local page, fit, last, taken = {}, skipped, nil, 0
 local whole = filtered and not resumed
 while heads[1] and taken < steps and (whole or #page < limit) do
-  local found = read(math.min(size, steps - taken))
-  taken = taken + #found
-  last = found[#found]
-  for _, one in ipairs(fitting(found)) do
-    fit = fit + 1
-    if fit > offset and #page < limit then page[#page + 1] = one end
-  end
+  local ids = read(math.min(size, steps - taken))
+  taken = taken + #ids
+  last = ids[#ids]
+  ids = fitting(ids)
+  for i = math.max(1, offset - fit + 1), math.min(#ids, offset - fit + limit) do page[#page + 1] = ids[i] end
+  fit = fit + #ids
 end
+
+local function score_of(id) return digits(scores[id] or tonumber(redis.call('ZSCORE', walked[1], id))) end
 
 local total, capped = members, heads[1] and #page < limit
 if filtered then total, capped = fit, heads[1] or resumed end
 local answer = { digits(total), capped and '1' or '0', '', '' }
 if heads[1] or fit > offset + #page then
   if #page == limit then last = page[limit] end
-  answer[3], answer[4] = digits(last.score), last.id
+  answer[3], answer[4] = score_of(last), last
 end
-for _, one in ipairs(page) do
+for _, id in ipairs(page) do
   local values = {}
-  if #wanted > 0 then values = redis.call('HMGET', key('task', org .. ':' .. one.id), unpack(wanted)) end
-  values[#wanted + 1], values[#wanted + 2] = one.id, digits(one.score)
+  if #wanted > 0 then values = redis.call('HMGET', key('task', org .. ':' .. id), unpack(wanted)) end
+  values[#wanted + 1], values[#wanted + 2] = id, score_of(id)
   answer[#answer + 1] = values
 end
 return answer

@@ -225,6 +225,11 @@ async def walks_that_end_early_say_so_and_go_on(
         assert page.total <= len(expected)
         capped += page.capped
     assert 5 < capped < 25
+    # A merge is no deeper than a walk, unless a cursor takes it there.
+    expected = found(tasks, wanted := Filter(owners=OWNERS))
+    page = await store.list("o", wanted, offset=50, limit=5, fields=FIELDS)
+    assert (page.tasks, page.total, page.capped) == ([], len(tasks), True)
+    assert await follow(store, wanted, 30, page.next) == expected[40 : 40 + 510]
 
 
 async def test_lists_of_many_tasks_are_what_brute_force_finds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
