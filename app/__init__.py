@@ -10,7 +10,7 @@
 
 The log is the truth; a snapshot is its fold. Imports point one way, and a test holds it:
 
-    core     errors events task              pure, no I/O
+    core     errors events task schema       pure, no I/O
     leaves   keys settings metrics
     Redis    embedded connect log snapshots queues agents seam hub
     store                                    above it nobody says Redis, below it nobody says HTTP

@@ -191,6 +191,7 @@ class Completed(Event, frozen=True, kw_only=True, tag="completed"):
 
 class Failed(Event, frozen=True, kw_only=True, tag="failed"):
     error: str
+    usage: Usage | None = None
 
 
 class Errored(Event, frozen=True, kw_only=True, tag="errored"):

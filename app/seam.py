@@ -195,7 +195,7 @@ class Place:
 class TaskReader(Place):
     """Reads one task."""
 
-    __slots__ = ("_check", "_gap", "_since", "_start", "_state", "ended", "org", "sink", "strict", "task")
+    __slots__ = ("_born", "_check", "_gap", "_since", "_start", "_state", "ended", "org", "sink", "strict", "task")
 
     def __init__(
         self,
@@ -211,8 +211,10 @@ class TaskReader(Place):
         history, and give the entries from that number on, each with the state after it.
         """
         super().__init__(after)
-        assert folded_from is None or not (after or snapshot), "a fold begins where the history does"
+        assert folded_from is None or not (after or snapshot or strict), "a fold begins where the history does"
         self._state: Snapshot | None = None if folded_from is None else EMPTY
+        self._born = 0
+        """When the task was made that it folds, µs: another one may have its id by the time that it folds again."""
         self._since = folded_from or 0
         self.org, self.task = org, task
         self.strict = strict
@@ -265,7 +267,8 @@ class TaskReader(Place):
             try:
                 if self._state is not None:
                     self._state = one.fold(self._state)
-                self.sink.take(one)
+                if one.seq >= self._since:
+                    self.sink.take(one)
             except Exception as error:  # noqa: BLE001 (it would be lost for this reader, and stop the others')
                 self.sink.failed(error)
                 return
@@ -290,9 +293,9 @@ class TaskReader(Place):
         assert answer is None or isinstance(answer, Page)
         self._check = False
         if answer is None:
-            return self._end("", max(self.number, 0))  # deleted meanwhile
-        if self.number > 0 and answer.entries and isinstance(answer.entries[0].event, Submitted):
-            return self._end("", self.number)  # deleted, and its id used again
+            return self._end("", self._given)  # deleted meanwhile
+        if answer.entries and isinstance(answer.entries[0].event, Submitted) and self._other(answer.entries[0].at):
+            return self._end("", self._given)  # deleted, and its id used again
         if answer.gap:
             if self.strict:
                 raise _gone(answer)
@@ -314,6 +317,8 @@ class TaskReader(Place):
     def _told(self, entries: Sequence[Entry]) -> list[Item]:
         if self._state is None:
             return [*entries]
+        if entries and isinstance(entries[0].event, Submitted):
+            self._born = entries[0].at
         told: list[Item] = []
         for entry in entries:
             self._state = apply(self._state, entry)
@@ -326,16 +331,28 @@ class TaskReader(Place):
         gap, self._gap, self._start = self._gap, None, False
         if snapshot is None:
             return []
+        if self._state is not None and self._other(int(snapshot.fields["created_at"])):
+            return self._end("", self._given)
         self.after, self.number = snapshot.fields["last_event_id"], int(snapshot.fields["last_seq"])
         if gap is None:
             return [Began(snapshot=snapshot, cursor=self.after)]
         if self._state is not None:
-            self._state = snapshot
-            if self.number < self._since:  # nothing that was asked for is missing
+            self._state, self._born = snapshot, int(snapshot.fields["created_at"])
+            if gap.gap == "trimmed" and self.number < self._since:  # nothing that was asked for is missing
                 return []
+            self._since = self.number + 1
         latest = max(gap.last_seq, self.number)  # the snapshot was read after the page
         earliest = self.number + 1 if gap.gap == "trimmed" else gap.base_seq + 1
         return [Gap(reason=gap.gap, earliest=earliest, latest=latest, snapshot=snapshot)]
+
+    def _other(self, created_at: int) -> bool:
+        """Whether a task that was made then is another one than what it has read before."""
+        return self._born != created_at if self._born else self.number > 0
+
+    @property
+    def _given(self) -> int:
+        """The number of the last entry that it gave, as far as it knows."""
+        return max(self.number, 0 if self._state is None else self._since - 1, 0)
 
     def _end(self, last_id: str, seq: int) -> list[Item]:
         self.ended = True

@@ -293,7 +293,9 @@ def _effects(event: AnyEvent, before: Status) -> Change:
         case events.Completed():
             fields = {"result": event.result, "result_type": event.result_type, "progress": "1"}
             return Change(set={**fields, **_model(event.usage)}, spend=_usage(event.usage), thread="add")
-        case events.Failed() | events.Errored():
+        case events.Failed():
+            return Change(set={"error": event.error, **_model(event.usage)}, spend=_usage(event.usage))
+        case events.Errored():
             return Change(set={"error": event.error})
         case events.TimedOut():
             return Change(set={"error": event.error}, follow="children")

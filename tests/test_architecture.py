@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = [
-    {"app", "app.errors", "app.events", "app.task"},
+    {"app", "app.errors", "app.events", "app.task", "app.schema"},
     {"app.keys", "app.settings", "app.metrics"},
     {"app.embedded", "app.connect", "app.log", "app.snapshots", "app.queues", "app.agents", "app.seam", "app.hub"},
     {"app.store"},
@@ -97,7 +97,7 @@ def test_above_the_store_nobody_says_redis_and_below_it_nobody_says_http() -> No
 
 
 def test_the_core_does_no_io() -> None:
-    for name in ("app.errors", "app.events", "app.task"):
+    for name in ("app.errors", "app.events", "app.task", "app.schema"):
         used = {other.split(".")[0] for other in imports(MODULES[name])}
         assert not used & {"asyncio", "os", "socket", "pathlib", "redis", "structlog", "time"}, name
 

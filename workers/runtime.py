@@ -22,13 +22,15 @@ from typing import Any
 import msgspec
 import structlog
 from msgspec import Struct
+from msgspec.structs import replace
 from pydantic import BaseModel
 
 from app import events
 from app.errors import Invalid, Misconfigured, TaskcastError, Unavailable
-from app.events import FINAL_OUTPUT, RESULT_BYTES_MAX, AnyEvent
+from app.events import FINAL_OUTPUT, RESULT_BYTES_MAX, AnyEvent, Json
 from app.log import Logged
 from app.queues import Claimed, again
+from app.schema import misfit
 from app.store import Store
 from app.task import TERMINAL, Status, Task
 from workers.attempt import GONE, LEASE, LOST, TAKEN, Attempt, Over
@@ -108,6 +110,18 @@ def answer(result: Result, context: Context) -> list[AnyEvent]:
         said = [events.TextCompleted(agent=FINAL_OUTPUT, text=text, usage=usage, duration_ms=duration)]
         usage = None
     return [*said, events.Completed(message="Task completed.", result=text, result_type=kind, usage=usage)]
+
+
+async def fitted(said: list[AnyEvent], schema: Json) -> list[AnyEvent]:
+    """What is said of a result that has to fit the task's `output_schema`: a text that does is JSON, and one that does
+    not fails the task; another attempt would hardly do better.
+    """
+    end = said[-1]
+    if not (schema and isinstance(end, events.Completed)):
+        return said
+    if why := await asyncio.to_thread(misfit, schema, end.result):  # it may take seconds, and others' leases go on
+        return [*said[:-1], events.Failed(message=why, error=why, usage=end.usage)]
+    return [*said[:-1], replace(end, result_type="json")]
 
 
 def _plain(value: Any) -> Any:
@@ -316,7 +330,7 @@ class Worker:
         if attempt.stopped:
             said: list[AnyEvent] = [STOPPED]
         else:
-            said = conclusion(handler, context, work)
+            said = await fitted(conclusion(handler, context, work), context.task.output_schema)
             try:
                 await attempt.settle()
             except TaskcastError as error:  # of a text that the handler did not wait for

@@ -42,6 +42,7 @@ from app.events import FINAL_OUTPUT, AnyEvent, Json
 from app.identity import Identity, worker
 from app.log import PAGE_ENTRIES, Appended
 from app.queues import Claimed, again
+from app.schema import misfit
 from app.store import Store
 from app.streams import WAITS, Streams, Visitor
 from app.task import LEASED, TERMINAL, Status, Task
@@ -245,6 +246,10 @@ def task_body(task: Task) -> Json:
         "title": task.title or None,
         "mode": task.mode or None,
         "turn": task.turn,
+        "llm_provider": task.llm_provider or None,
+        "llm_model": task.llm_model or None,
+        "llm_effort": task.llm_effort or None,
+        "output_schema": task.output_schema or None,
         "checkpoint": task.checkpoint,
         "deadline_at": _clock(task.deadline_at),
         "created_at": _clock(task.created_at),
@@ -436,6 +441,9 @@ async def report(request: Request) -> Response:
 
 
 async def finish(request: Request) -> Response:
+    """Completed. A task that has an `output_schema` wants JSON that fits it, as an object or as a text; with any other
+    result it fails: 200, `"status": "failed"`, and `reason` says where the result does not fit.
+    """
     worker(request)
     want = await asked(request, Finish)
     who, id_ = await only_own(request, want.fence)
@@ -446,8 +454,13 @@ async def finish(request: Request) -> Response:
         kind, result = "json", msgspec.json.encode(result).decode()
     elif not want.said:
         said, usage = [events.TextCompleted(actor=by, agent=FINAL_OUTPUT, text=result, usage=usage)], None
-    end = events.Completed(actor=by, message="Task completed.", result=result, result_type=kind, usage=usage)
-    return await _answer(request, who, id_, want.fence, want.n, [*said, end])
+    task, why = await store_of(request).get(who.org, id_), ""
+    if task and task.output_schema and len(result.encode()) <= events.RESULT_BYTES_MAX:  # else it is refused
+        kind, why = "json", await asyncio.to_thread(misfit, task.output_schema, result)
+    end: AnyEvent = events.Completed(actor=by, message="Task completed.", result=result, result_type=kind, usage=usage)
+    if why:
+        end = events.Failed(actor=by, message=why, error=why, usage=usage)
+    return await _answer(request, who, id_, want.fence, want.n, [*said, end], {"reason": why} if why else None)
 
 
 async def fail(request: Request) -> Response:
@@ -486,8 +499,10 @@ ENDS: dict[type[AnyEvent], str] = {
 """What ends an attempt, and its log line."""
 
 
-async def _answer(request: Request, who: Identity, id_: str, fence: int, n: int, said: Sequence[AnyEvent]) -> Response:
-    """Raises NotFound, Invalid, TooLarge, Unavailable."""
+async def _answer(
+    request: Request, who: Identity, id_: str, fence: int, n: int, said: Sequence[AnyEvent], more: Json | None = None
+) -> Response:
+    """`more` is told of what was accepted. Raises NotFound, Invalid, TooLarge, Unavailable."""
     store, ends = store_of(request), ENDS.get(type(said[-1]))
     outcomes = await store.extend(who.org, id_, [log.said(event) for event in said], fence=fence, n=n)
     stand = [one for one in outcomes if isinstance(one, Appended)]
@@ -508,7 +523,7 @@ async def _answer(request: Request, who: Identity, id_: str, fence: int, n: int,
     if ends and not last.duplicate:
         logger.info(ends, **told_of)
     # To have ended it oneself is no news.
-    return reply({**({"status": last.status} if ends else told(last.status)), "last_seq": seq, **body})
+    return reply({**({"status": last.status} if ends else told(last.status)), "last_seq": seq, **body, **(more or {})})
 
 
 async def _refuse(

@@ -173,7 +173,8 @@ local function prepare(plan)
   end
   local sets = { unpack(plan.join) }
   for _, name in ipairs(plan.leave) do sets[#sets + 1] = name end
-  if plan.new then sets[#sets + 1] = key('queues') end
+  plan.enters = after.queue ~= before.queue
+  if plan.enters then sets[#sets + 1] = key('queues') end
   if plan.new and after.session then sets[#sets + 1] = key('sessions', org .. ':' .. (after.owner or '')) end
   if change.spend then
     if after.session then
@@ -261,7 +262,7 @@ local function log_entry(plan, before, after)
   local at = tonumber(now[1]) * 1000000 + tonumber(now[2])
   if at < ms * 1000 then at = ms * 1000 end
   redis.call('HINCRBY', key('count'), 'event:' .. plan.type, 1)
-  if plan.new then
+  if plan.enters then
     local first = redis.call('ZADD', key('queues'), digits(at), f.queue) == 1
     if first then redis.call('ZREMRANGEBYRANK', key('queues'), 0, -QUEUES - 1) end
   end

@@ -8,6 +8,7 @@ import msgspec
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from app import events
 from app.errors import Gone, NotFound
@@ -33,7 +34,7 @@ from app.seam import (
     WantState,
     order,
 )
-from app.task import COMPLETED, GONE, NEW, QUEUED, RUNNING, TERMINAL, Snapshot, Status
+from app.task import COMPLETED, EMPTY, GONE, NEW, QUEUED, RUNNING, TERMINAL, Snapshot, Status, apply
 
 ORG = "o"
 TASKS = 4
@@ -54,6 +55,8 @@ class Task:
         self.owner = f"u{number % 2}"
         self.status, self.seq, self.life = NEW, 0, 0
         self.entries: list[Logged] = []
+        self.states: list[Snapshot] = []
+        """After each of them."""
         self.base: Snapshot | None = None
 
     @property
@@ -64,20 +67,22 @@ class Task:
     def base_seq(self) -> int:
         return int(self.base.fields["last_seq"]) if self.base else 0
 
-    def snapshot(self, last: Logged | None = None) -> Snapshot:
-        last = last or self.entries[-1]
-        fields = {"id": self.id, "last_seq": str(last.seq), "last_event_id": last.id, "status": last.head.after.value}
-        return Snapshot(fields=fields)
+    def snapshot(self) -> Snapshot:
+        return self.states[-1]
 
 
 class World:
     """The store, as its scripts answer: partition logs with dense counters, and the tasks that they make."""
 
-    def __init__(self, partitions: int) -> None:
+    def __init__(self, partitions: int, *, shared: bool = False) -> None:
+        """`shared`: another reader folds each entry before."""
+        self.shared = shared
         self.logs: list[list[Logged]] = [[] for _ in range(partitions)]
         self.trimmed = [0] * partitions
         self.tasks = [Task(number, number % partitions) for number in range(TASKS)]
         self.lives: dict[Logged, tuple[str, str, int]] = {}
+        self.folds: dict[Logged, Snapshot] = {}
+        """The state after each entry."""
         self.dead: set[tuple[str, str, int]] = set()
 
     def append(self, task: Task, event: AnyEvent, after: Status) -> None:
@@ -112,11 +117,18 @@ class World:
         log.append(one)
         self.lives[one] = (task.org, task.id, task.life)
         task.status = after
+        # Not of `one`, which is for readers.
+        before = task.snapshot() if task.states else EMPTY
+        self.folds[one] = fold = apply(before, read(one))
+        if self.shared and after is not GONE:
+            one.fold(before)
         if after is GONE:
-            task.entries, task.base = [], None
+            task.entries, task.states, task.base = [], [], None
             self.dead.add(self.lives[one])
         else:
+            assert fold.status is after
             task.entries.append(one)
+            task.states.append(fold)
 
     def say(self, task: Task, word: str) -> None:
         if not task.there:
@@ -128,8 +140,10 @@ class World:
             self.append(task, events.Continued(submission="s"), QUEUED)
         elif word == "end":
             self.append(task, events.Completed(), COMPLETED)
+        elif word == "start" and task.status is QUEUED:
+            self.append(task, events.Started(worker="w"), RUNNING)
         else:
-            self.append(task, events.Noted(name="X"), RUNNING if word == "start" else task.status)
+            self.append(task, events.Noted(name="X"), task.status)
 
     def cut(self, task: Task, share: int) -> None:
         """Trims the task's history, or the partition's log."""
@@ -137,7 +151,7 @@ class World:
         if share % 2 and log:
             self.trimmed[task.partition] = max(self.trimmed[task.partition], (len(log) - 1) * share // 15)
         elif len(task.entries) > 1:
-            task.base = max(task.base or task.snapshot(task.entries[0]), task.snapshot(task.entries[-2]), key=_seq)
+            task.base = max(task.base or task.states[0], task.states[-2], key=_seq)
 
     def number(self, partition: int, id_: str) -> int:
         return next((one.number for one in self.logs[partition] if one.id == id_), 0)
@@ -193,7 +207,7 @@ class World:
             kept = [one for one in kept if order(one.id) > order(after)]
         elif base:
             gap = "trimmed"
-        entries = [] if gap else [one.entry for one in kept[: self._page_size(want.limit)]]
+        entries = [] if gap else [read(one) for one in kept[: self._page_size(want.limit)]]
         return Page(status=task.status, last_seq=last.seq, last_id=last.id, base_seq=base, gap=gap, entries=entries)
 
     def _log_page(self, want: WantLog) -> LogPage:
@@ -229,6 +243,11 @@ class World:
 
 def _seq(snapshot: Snapshot) -> int:
     return int(snapshot.fields["last_seq"])
+
+
+def read(one: Logged) -> Entry:
+    """As the task's own stream has it: nobody has folded there."""
+    return replace(one.entry, after=None)
 
 
 @coroutine
@@ -415,8 +434,8 @@ HISTORY = st.lists(
 LAG = st.integers(0, 5)
 
 
-def world_of(partitions: int, history: Sequence[tuple[str, int]]) -> World:
-    world = World(partitions)
+def world_of(partitions: int, history: Sequence[tuple[str, int]], *, shared: bool = False) -> World:
+    world = World(partitions, shared=shared)
     for word, number in [("say", 0), ("say", 4), *history]:
         if word == "cut":
             world.cut(world.tasks[MOSTLY[number % 8]], number)
@@ -470,7 +489,7 @@ def told(run: Run, task: Task, at: int) -> None:
             case Entry():
                 # A task deleted before its first page, and its id used again, is another one from its start.
                 assert item.seq == at + 1 or (isinstance(item.event, events.Submitted) and not given_any)
-                assert item == log[item.seq - 1].entry
+                assert item == read(log[item.seq - 1])
                 at = item.seq
             case Gap(snapshot=Snapshot() as state) | Began(snapshot=state):
                 assert not given_any or _seq(state) > at
@@ -489,6 +508,76 @@ def told(run: Run, task: Task, at: int) -> None:
     if not run.over and not run.reader.ended:
         assert run.reader.want() is None
         assert at == task.seq
+    assert not run.reader.ended or isinstance(run.got[-1], Ended)
+
+
+AGAIN = [*NOW, ("say", 0), ("offer", 1), ("full", 0), ("say", 4), ("offer", 1)]
+"""There is no room for an entry, and all of it is folded again."""
+CUT = [*AGAIN, ("say", 0), ("cut", 0), *NOW]
+"""Meanwhile what was given already is trimmed."""
+BORN = [*AGAIN, ("delete", 0), ("say", 0), *NOW]
+"""Meanwhile the task is deleted, and its id used again."""
+FOLD: dict[str, Any] = {"history": [("say", 0)] * 3, "since": 3, "lag": 0}
+
+
+@hypothesis_settings(max_examples=600, deadline=None)
+@given(history=HISTORY, since=st.integers(0, 20), lag=LAG, ops=OPS, shared=st.booleans())
+@example(**FOLD, ops=OFFERED, shared=False)
+@example(**FOLD, ops=LOST, shared=True)
+@example(**FOLD, ops=FULL, shared=False)
+@example(**FOLD, ops=AGAIN, shared=False)
+@example(**FOLD, ops=CUT, shared=True)
+@example(**FOLD, ops=BORN, shared=False)
+@example(**FOLD | {"history": [*FOLD["history"], ("cut", 0)]}, ops=NOW, shared=False)
+def test_a_reader_that_folds_gets_each_entry_with_the_state_after_it_whatever_happens(
+    history: list[tuple[str, int]], since: int, lag: int, ops: list[tuple[str, int]], *, shared: bool
+) -> None:
+    world = world_of(1, history, shared=shared)
+    run = Run(world, TaskReader(ORG, "t0", "", folded_from=since), lag)
+    run.play(ops)
+    run.settle()
+    told_folded(run, since)
+
+
+def told_folded(run: Run, since: int) -> None:
+    """Each entry from the number `since` on, in order, once, with its own state; what is missing was trimmed."""
+    task = run.world.tasks[0]
+    log = [one for one in run.world.logs[0] if (one.org, one.task) == (task.org, task.id)]
+    born = [one.seq for one in log if isinstance(one.entry.event, events.Submitted)]
+    at, life = since - 1, -1
+    for i, item in enumerate(run.got):
+        match item:
+            case Entry():
+                one = log[item.seq - 1]
+                assert item == replace(read(one), after=run.world.folds[one].fields)
+                if life < 0:  # the first that it gives: of a task that was not there before, perhaps the first of all
+                    assert item.seq == max(since, at + 1) or (item.seq in born and item.seq > at)
+                    life = run.world.lives[one][2]
+                else:
+                    assert item.seq == at + 1
+                assert run.world.lives[one][2] == life
+                at = item.seq
+            case Gap(snapshot=Snapshot() as state):
+                one = log[_seq(state) - 1]
+                assert item.reason == "trimmed"
+                assert state == run.world.folds[one]
+                assert _seq(state) > at
+                assert life in {-1, run.world.lives[one][2]}
+                at, life = _seq(state), run.world.lives[one][2]
+            case Ended():
+                assert i == len(run.got) - 1
+                if item.last_id:
+                    assert log[item.seq - 1].id == item.last_id
+                    assert log[item.seq - 1].ends
+                    assert at == max(item.seq, since - 1)
+                else:
+                    assert any(one.gone for one in log)
+            case _:
+                raise AssertionError(f"a reader that folds gave {item}")
+    if not run.over and not run.reader.ended:
+        assert run.reader.want() is None
+        assert at == max(task.seq, since - 1)
+        assert life in {-1, task.life}
     assert not run.reader.ended or isinstance(run.got[-1], Ended)
 
 
