@@ -41,9 +41,9 @@ READ_ONLY, ALLOW_OOM = " flags=no-writes", " flags=allow-oom"
 FLAGS = {
     **dict.fromkeys(("read", "replay", "list", "snapshot", "due"), READ_ONLY),
     # What frees memory, or as a lease's renewal takes none, goes on in a full store.
-    **dict.fromkeys(("delete", "delete-agent", "forget", "renew"), ALLOW_OOM),
+    **dict.fromkeys(("delete", "delete-agent", "forget", "heartbeat", "renew"), ALLOW_OOM),
 }
-ALONE = frozenset({"agent", "delete-agent", "deploy", "read", "replay", "snapshot"})
+ALONE = frozenset({"agent", "delete-agent", "deploy", "heartbeat", "read", "replay", "snapshot"})
 """Scripts that need nothing of `commit.lua`."""
 
 

@@ -56,6 +56,7 @@ KINDS = (
     Kind("tombstone", "hash", "org:task", "last_seq, fence, created_at, submission", "24 h"),
     Kind("agent", "hash", "org:agent", "name, provider, model, effort, queue, version, times", "until deleted"),
     Kind("agents", "zset", "org", "one member per agent", "until its last agent is deleted"),
+    Kind("worker", "hash", "org:worker", "agent, heartbeat_at, freed", "60 s after its last word"),
     Kind("key", "hash", "sha256 of an API key", "who it is", "until revoked"),
 )
 

@@ -28,7 +28,7 @@ STREAM_FRAMES = Counter("taskcast_stream_frames", "Frames that were sent to read
 STREAM_BYTES = Counter("taskcast_stream_bytes", "Bytes of frames that were sent to readers.")
 STREAMS_ABORTED = Counter(
     "taskcast_streams_aborted",
-    "Streams that were cut off or turned away: slow, stalled, draining, full, key_full, store, failed.",
+    "Streams that were cut off or turned away: slow, stalled, draining, full, key_full, store, failed, silent.",
     ["reason"],
 )
 GAPS = Counter("taskcast_gaps", "Gaps that readers were told of, by reason.", ["reason"])

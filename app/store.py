@@ -18,6 +18,7 @@ from app.events import AnyEvent, Json
 from app.hub import Hub, Pull
 from app.log import Appended, Log, Partitions, Said, open_partitions
 from app.queues import Queues
+from app.registrations import Registrations
 from app.settings import Settings
 from app.snapshots import Snapshots
 from app.task import FOLLOWED
@@ -36,6 +37,7 @@ class Store:
         self.log = Log(door, partitions, settings)
         self.snapshots = Snapshots(door, partitions, settings)
         self.agents = Agents(door, partitions)
+        self.registrations = Registrations(door, partitions)
         self.queues = Queues(door, partitions, settings, self.log)
         self.hub = Hub(door, partitions, self.log, self.snapshots)
         self.submit = self.log.submit

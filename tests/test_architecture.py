@@ -9,7 +9,17 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"app", "app.errors", "app.events", "app.task", "app.schema"},
     {"app.keys", "app.settings", "app.metrics"},
-    {"app.embedded", "app.connect", "app.log", "app.snapshots", "app.queues", "app.agents", "app.seam", "app.hub"},
+    {
+        "app.embedded",
+        "app.connect",
+        "app.log",
+        "app.snapshots",
+        "app.queues",
+        "app.agents",
+        "app.registrations",
+        "app.seam",
+        "app.hub",
+    },
     {"app.store"},
     {
         "app.identity",

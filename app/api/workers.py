@@ -23,7 +23,6 @@ file is long because a call's fields, bounds and answer stand beside each other:
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
@@ -349,8 +348,8 @@ async def claim(request: Request) -> Response:
             claimed = await take()
         if not (claimed or streams.closing) and want.wait_seconds:
             claimed = await _wait(request, who, queues, take, hearing, want.wait_seconds)
-        if claimed and hearing.done() and not want.claim:
-            await _give_back(store, who, claimed)
+        if claimed and hearing.done() and not want.claim:  # a named one is kept for its repetition
+            await claims_of(request).give_back(claimed, actor(who))
             raise ClientDisconnect
     finally:
         hearing.cancel()
@@ -417,15 +416,6 @@ async def _present(hearing: asyncio.Task[None]) -> None:
     await asyncio.sleep(0)  # its own turn, if the client left in this moment
     if hearing.done():
         raise ClientDisconnect
-
-
-async def _give_back(store: Store, who: Identity, claimed: Sequence[Claimed]) -> None:
-    """For a client that left while the store was asked; a named claim is kept for its repetition."""
-    event = events.Requeued(actor=actor(who), message="The worker left before it had the task.", refund=True)
-    for one in claimed:
-        with suppress(TaskcastError):
-            await store.append(one.org, one.task, event, fence=one.fence)
-            logger.info("task.requeued", task_id=one.task, org=one.org, reason=event.message)
 
 
 # Say

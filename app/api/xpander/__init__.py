@@ -7,14 +7,15 @@
     invoke.py       /v1/agents/{id}/invoke, /v1/workflows/{id}/invoke: waiting, at once, or as a stream
     agents.py       /v1/agents, /agents: who may be invoked
     executions.py   /agent-execution and its neighbours, where DELETE stops: what the SDK calls
+    workers.py      /events: the stream that brings the SDK's workers their tasks, and their heartbeats
 
 The names below are the same in every dialect, in this order; no dialect imports another.
 """
 
-from app.api.xpander import agents, executions, invoke, tasks
+from app.api.xpander import agents, executions, invoke, tasks, workers
 from app.api.xpander.paths import Paths, speaks
 from app.api.xpander.spelling import STATUS, control, error_body, frame, submission, task_body
 
-routes = [*tasks.routes, *invoke.routes, *agents.routes, *executions.routes]
+routes = [*tasks.routes, *invoke.routes, *agents.routes, *executions.routes, *workers.routes]
 
 __all__ = ["STATUS", "Paths", "control", "error_body", "frame", "routes", "speaks", "submission", "task_body"]
