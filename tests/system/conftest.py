@@ -52,10 +52,9 @@ class Process:
             self.command,
             cwd=ROOT,
             env=self.environment,
-            stdin=subprocess.DEVNULL,
             text=True,
             start_new_session=True,
-            **streams,
+            **{"stdin": subprocess.DEVNULL, **streams},
         )
 
     def kill(self) -> None:
