@@ -9,8 +9,8 @@ import json
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from datetime import UTC, datetime
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +103,32 @@ class Client(Process):
 
 
 class Worker(Process):
-    """`xpander_worker.py`, which finishes its tasks when it is released, or at once."""
+    """`xpander_worker.py`, which holds some tasks until the test lets them end."""
 
-    def __init__(self, name: str, folder: Path, url: str, agent: str, *options: str, holds: bool = False) -> None:
-        self.release_file = folder / f"{name}.release"
-        if not holds:
-            self.release()
-        program = [str(PYTHON), "tests/system/xpander_worker.py", str(self.release_file), *options]
+    def __init__(self, name: str, folder: Path, url: str, agent: str, *options: str) -> None:
+        self.folder = folder
+        program = [str(PYTHON), "tests/system/xpander_worker.py", str(folder), *options]
         super().__init__(name, program, folder, **environment(url, agent))
 
-    def release(self) -> None:
-        self.release_file.touch()
+    def let_end(self, id_: str) -> None:
+        (self.folder / id_).touch()
 
-    def works_on(self, id_: str) -> bool:
-        return f"works on {id_}" in self.log.read_text()
+    def began(self, id_: str) -> int:
+        """How often."""
+        return self.log.read_text().count(f"works on {id_}")
 
     def has_finished(self, id_: str) -> bool:
         """Its last word on the task was sent, whatever became of it."""
         return f"Finished handling task {id_}" in self.log.read_text()
+
+    def end(self) -> None:
+        """If the test has not."""
+        if self.running and self.running.returncode is None:
+            self.kill()
+
+    def result(self, text: str) -> str:
+        assert self.running
+        return f"{text}, said process {self.running.pid}"
 
 
 @pytest.fixture(scope="module")
@@ -149,31 +157,31 @@ def agent() -> str:
     return f"agent-{uuid.uuid4()}"
 
 
-Hire = Callable[..., Worker]
+@pytest.fixture(scope="module")
+def worker(own_api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One that stays, on the first form of the base address: it takes its time to start."""
+    folder = tmp_path_factory.mktemp("worker")
+    yield from lifetime(Worker("xpander-worker", folder, own_api.url, f"agent-{uuid.uuid4()}"))
 
 
 @pytest.fixture
-def hire(own_api: Api, agent: str, tmp_path: Path) -> Iterator[Hire]:
-    """Starts workers of the agent, which are stopped after the test."""
+def employer(worker: Worker) -> str:
+    """The agent whose tasks it takes."""
+    return worker.environment["XPANDER_AGENT_ID"]
+
+
+@pytest.fixture
+def hire(own_api: Api, agent: str, tmp_path: Path) -> Iterator[Callable[[str], Worker]]:
+    """Starts workers of the agent, on the other form; they are ended with the test, or by it."""
     with ExitStack() as stack:
 
-        def start(name: str, prefix: str = "", **options: Any) -> Worker:
-            made = Worker(f"xpander-{name}", tmp_path, own_api.url + prefix, agent, **options)
-            return stack.enter_context(contextmanager(while_it_runs)(made))
+        def start(name: str) -> Worker:
+            made = Worker(f"xpander-{name}", tmp_path, own_api.url + PREFIX, agent)
+            made.start()
+            stack.callback(made.end)
+            return made
 
         yield start
-
-
-def while_it_runs(worker: Worker) -> Iterator[Worker]:
-    """A test may have ended it."""
-    worker.start()
-    try:
-        yield worker
-        if worker.running and worker.running.returncode is None:
-            worker.stop()
-    finally:
-        if worker.running and worker.running.returncode is None:
-            worker.kill()
 
 
 async def invoke(http: httpx.AsyncClient, agent: str, text: str = "Hello", **body: Any) -> str:
@@ -499,144 +507,147 @@ async def test_what_cannot_be_meant_is_a_validation_error(client: Client, agent:
 # Workers
 
 
-async def test_a_worker_finishes_what_rest_asks_for(
-    client: Client, http: httpx.AsyncClient, agent: str, hire: Hire
-) -> None:
-    waiting = await invoke(http, agent, "Early")
-    worker = hire("worker", holds=True)
-    late = await invoke(http, agent, "Late", events_streaming=True)
-    watching = asyncio.create_task(client("Task.aevents", task=late))
-    for id_ in (waiting, late):
-        assert (await becomes(http, id_, "executing"))["started_at"]
-    worker.release()
-    for id_, text in ((waiting, "Early"), (late, "Late")):
-        task = await becomes(http, id_, *TERMINAL)
-        assert (task["status"], task["result"]) == ("completed", f"{text}, said process {worker.running.pid}")  # type: ignore[union-attr]
-        assert task["finished_at"]
-        assert {"prompt_tokens": 3, "completion_tokens": 4}.items() <= task["tokens"].items()
+async def test_a_worker_finishes_what_rest_asks_for(http: httpx.AsyncClient, worker: Worker, employer: str) -> None:
+    id_ = await invoke(http, employer, "Hold it")
+    task = await becomes(http, id_, "executing")
+    assert (task["result"], task["finished_at"]) == (None, None)
+    worker.let_end(id_)
+    task = await becomes(http, id_, *TERMINAL)
+    assert (task["status"], task["result"]) == ("completed", worker.result("Hold it"))
+    assert task["created_at"] <= task["started_at"] <= task["finished_at"]
+    assert {"prompt_tokens": 3, "completion_tokens": 4}.items() <= task["tokens"].items()
+
+
+async def test_a_workers_task_is_told_as_it_happens(client: Client, worker: Worker, employer: str) -> None:
+    id_ = (await client("Tasks.acreate", agent_id=employer, prompt="Hold it", events_streaming=True))["id"]
+    watching = asyncio.create_task(client("Task.aevents", task=id_))
+    await wait_until(lambda: worker.began(id_) > 0, "the task is worked on")
+    worker.let_end(id_)
     told = await watching
     assert [event["type"] for event in told if event["type"] != "task_updated"] == ["task_created", "task_finished"]
-    assert told[-1]["data"]["result"] == task["result"]
+    assert (told[0]["data"]["status"], told[-1]["data"]["status"]) == ("pending", "completed")
+    assert "executing" in {event["data"]["status"] for event in told}
+    assert told[-1]["data"]["result"] == worker.result("Hold it")
 
 
-async def test_a_handler_that_raises_is_an_error(http: httpx.AsyncClient, agent: str, hire: Hire) -> None:
-    hire("worker", PREFIX)
-    id_ = await invoke(http, agent, "fail")
-    task = await becomes(http, id_, *TERMINAL)
+async def test_a_handler_that_raises_is_an_error(http: httpx.AsyncClient, employer: str) -> None:
+    task = await becomes(http, await invoke(http, employer, "Fail"), *TERMINAL)
     assert (task["status"], task["result"]) == ("error", "no luck")
-    assert (await becomes(http, await invoke(http, agent), *TERMINAL))["status"] == "completed"
+    assert task["finished_at"]
 
 
-async def test_a_worker_has_six_tasks_at_a_time(http: httpx.AsyncClient, agent: str, hire: Hire) -> None:
-    ids = [await invoke(http, agent, f"Task {number}") for number in range(2 * SLOTS + 1)]
-    worker = hire("worker", holds=True)
+async def test_an_answer_that_promises_is_tried_twice_and_finished_once(
+    client: Client, worker: Worker, employer: str
+) -> None:
+    """The SDK does so by itself, and sends its last words twice then."""
+    promise = "I will see to it"
+    id_ = (await client("Tasks.acreate", agent_id=employer, prompt=promise, events_streaming=True))["id"]
+    told = await client("Task.aevents", task=id_)
+    assert worker.began(id_) == 2
+    assert [event["type"] for event in told].count("task_finished") == 1
+    await wait_until(lambda: worker.log.read_text().count(f"Finished handling task {id_}") == 2, "its last word")
+    task = await client("Tasks.aget", task_id=id_)
+    assert (task["status"], task["result"]) == ("completed", worker.result(promise))
+    assert task["finished_at"] == told[-1]["data"]["finished_at"]
+    assert (task["tokens"]["prompt_tokens"], task["tokens"]["completion_tokens"]) == (3, 4)
 
-    async def executing() -> int:
-        found = await http.get(f"/v1/agents/{agent}/tasks", params={"status": "executing"})
-        total: int = found.json()["total"]
-        return total
+
+async def test_a_worker_has_six_tasks_at_a_time(http: httpx.AsyncClient, worker: Worker, employer: str) -> None:
+    ids = [await invoke(http, employer, f"Hold {number}") for number in range(2 * SLOTS + 1)]
+
+    async def executing() -> list[str]:
+        response = await http.get(f"/v1/agents/{employer}/tasks", params={"status": "executing", "per_page": 50})
+        return [task["id"] for task in response.json()["items"]]
 
     async def is_full() -> bool:
-        return await executing() >= SLOTS
+        return len(await executing()) >= SLOTS
 
     await wait_until(is_full, "the worker is full")
-    assert await executing() == SLOTS
-    worker.release()
+    assert sorted(await executing()) == sorted(id_ for id_ in ids if worker.began(id_))
+    assert len(await executing()) == SLOTS
+    for id_ in ids:
+        worker.let_end(id_)
     for id_ in ids:
         assert (await becomes(http, id_, *TERMINAL))["status"] == "completed"
-        assert worker.log.read_text().count(f"works on {id_}") == 1
+    assert [worker.began(id_) for id_ in ids] == [1] * len(ids)
 
 
-async def test_a_killed_workers_task_goes_to_another_one(http: httpx.AsyncClient, agent: str, hire: Hire) -> None:
-    killed = hire("killed", holds=True)
-    id_ = await invoke(http, agent)
-    await wait_until(lambda: killed.works_on(id_), "the task is worked on")
-    killed.kill()
-    replacement = hire("replacement")
-    task = await becomes(http, id_, *TERMINAL)
-    assert replacement.running
-    assert (task["status"], task["result"]) == ("completed", f"Hello, said process {replacement.running.pid}")
-
-
-async def test_a_stopped_workers_task_goes_to_another_one(http: httpx.AsyncClient, agent: str, hire: Hire) -> None:
-    """With SIGTERM it leaves in good order, and its task where it stands."""
-    stopped = hire("stopped", holds=True)
-    id_ = await invoke(http, agent)
-    await wait_until(lambda: stopped.works_on(id_), "the task is worked on")
-    stopped.stop()
-    replacement = hire("replacement", PREFIX)
-    task = await becomes(http, id_, *TERMINAL)
-    assert replacement.running
-    assert (task["status"], task["result"]) == ("completed", f"Hello, said process {replacement.running.pid}")
-
-
-async def test_a_silent_worker_keeps_its_task_as_long_as_its_heart_beats(
-    http: httpx.AsyncClient, agent: str, hire: Hire
+async def test_a_worker_keeps_its_task_as_long_as_its_heart_beats(
+    http: httpx.AsyncClient, worker: Worker, employer: str
 ) -> None:
-    worker = hire("worker", holds=True)
-    other = hire("other", holds=True)
-    id_ = await invoke(http, agent)
+    id_ = await invoke(http, employer, "Hold it")
     started = datetime.fromisoformat((await becomes(http, id_, "executing"))["started_at"])
-    await wait_until(
-        lambda: (datetime.now(UTC) - started).total_seconds() > 2 * LEASE_SECONDS, "two leases have passed"
-    )
-    worker.release()
-    other.release()
+    two_leases = timedelta(seconds=2 * LEASE_SECONDS)
+    await wait_until(lambda: datetime.now(UTC) - started > two_leases, "two leases are over")
+    worker.let_end(id_)
     assert (await becomes(http, id_, *TERMINAL))["status"] == "completed"
-    assert [one.works_on(id_) for one in (worker, other)].count(True) == 1
+    assert worker.began(id_) == 1
 
 
-async def test_shannons_task_for_the_agent_is_finished_as_well(http: httpx.AsyncClient, agent: str, hire: Hire) -> None:
-    worker = hire("worker")
-    response = await http.post(f"/api/v1/agents/{agent}", json={"input": "Hello from Shannon"})
+@pytest.mark.parametrize("end", [Worker.kill, Worker.stop], ids=["killed", "stopped"])
+async def test_the_task_of_a_worker_that_ends_goes_to_another_one(
+    http: httpx.AsyncClient, agent: str, hire: Callable[[str], Worker], end: Callable[[Worker], None]
+) -> None:
+    """With SIGTERM it leaves in good order, and its task where it stands."""
+    id_ = await invoke(http, agent, "Hold it")
+    first = hire("first")
+    await wait_until(lambda: first.began(id_) > 0, "the task is worked on")
+    end(first)
+    second = hire("second")
+    await wait_until(lambda: second.began(id_) > 0, "the task is worked on again")
+    second.let_end(id_)
+    task = await becomes(http, id_, *TERMINAL)
+    assert (task["status"], task["result"]) == ("completed", second.result("Hold it"))
+
+
+async def test_shannons_task_for_the_agent_is_finished_as_well(
+    http: httpx.AsyncClient, worker: Worker, employer: str
+) -> None:
+    response = await http.post(f"/api/v1/agents/{employer}", json={"input": "Hello from Shannon"})
     assert response.status_code == 202, response.text
     id_ = response.json()["task_id"]
     assert (await becomes(http, id_, *TERMINAL))["status"] == "completed"
     shown = (await http.get(f"/api/v1/tasks/{id_}")).json()
-    assert worker.running
-    said = f"Hello from Shannon, said process {worker.running.pid}"
-    assert (shown["status"], shown["result"]) == ("TASK_STATUS_COMPLETED", said)
+    assert (shown["status"], shown["result"]) == ("TASK_STATUS_COMPLETED", worker.result("Hello from Shannon"))
 
 
 async def test_a_stopped_tasks_late_result_is_ignored(
-    client: Client, http: httpx.AsyncClient, agent: str, hire: Hire
+    client: Client, http: httpx.AsyncClient, worker: Worker, employer: str
 ) -> None:
-    worker = hire("worker", holds=True)
-    ids = [await invoke(http, agent) for _ in range(2)]
+    ids = [await invoke(http, employer, "Hold it") for _ in range(2)]
     for id_ in ids:
-        await wait_until(lambda id_=id_: worker.works_on(id_), "the task is worked on")  # type: ignore[misc]
+        await becomes(http, id_, "executing")
     assert (await http.post(f"/v1/tasks/{ids[0]}/stop")).json()["status"] == "stopped"
     assert (await client("Tasks.astop", task_id=ids[1]))["status"] == "stopped"
-    before = [await get(http, id_) for id_ in ids]
-    worker.release()
-    for id_, stopped in zip(ids, before, strict=True):
+    for id_ in ids:
+        stopped = await get(http, id_)
+        worker.let_end(id_)
         await wait_until(lambda id_=id_: worker.has_finished(id_), "the late result was sent")  # type: ignore[misc]
         task = await get(http, id_)
         assert (task["status"], task["result"], task["is_manually_stopped"]) == ("stopped", None, True)
         assert task["finished_at"] == stopped["finished_at"]
-    assert (await becomes(http, await invoke(http, agent), *TERMINAL))["status"] == "completed"
+    assert (await becomes(http, await invoke(http, employer, "Next"), *TERMINAL))["status"] == "completed"
 
 
-async def test_a_prompt_on_the_command_line_is_done_once_by_the_worker_itself(
-    client: Client, own_api: Api, agent: str, hire: Hire, tmp_path: Path
+async def test_a_prompt_on_the_command_line_is_done_once_and_by_the_worker_itself(
+    own_api: Api, http: httpx.AsyncClient, worker: Worker, employer: str, tmp_path: Path
 ) -> None:
-    other = hire("other")
-    await wait_until(lambda: "Worker registered" in other.log.read_text(), "the other worker is there")
-    worker = Worker("xpander-prompted", tmp_path, own_api.url, agent, "--invoke", "--prompt", "Hello")
-    worker.start()
-    assert worker.running
-    with worker.running as running:
+    """The SDK creates the task with its worker's id and `run_locally`, and does not wait for it to be sent."""
+    prompted = Worker("xpander-prompted", tmp_path, own_api.url, employer, "--invoke", "--prompt", "Hello")
+    prompted.start()
+    assert prompted.running
+    with prompted.running as running:
         assert await asyncio.to_thread(running.wait) == 0
-    (task,) = await client("Tasks.alist", agent_id=agent)
-    assert (task["status"], task["result"]) == ("completed", f"Hello, said process {running.pid}")
-    assert [one.log.read_text().count("works on") for one in (worker, other)] == [1, 0]
+    newest = (await http.get(f"/v1/agents/{employer}/tasks")).json()["items"][0]
+    assert (newest["status"], newest["result"]) == ("completed", prompted.result("Hello"))
+    assert (prompted.began(newest["id"]), worker.began(newest["id"])) == (1, 0)
 
 
-async def test_a_worker_outlives_its_server(own_api: Api, http: httpx.AsyncClient, agent: str, hire: Hire) -> None:
-    worker = hire("worker")
-    assert (await becomes(http, await invoke(http, agent), *TERMINAL))["status"] == "completed"
+async def test_a_worker_outlives_its_server(
+    own_api: Api, http: httpx.AsyncClient, worker: Worker, employer: str
+) -> None:
+    assert (await becomes(http, await invoke(http, employer, "Before"), *TERMINAL))["status"] == "completed"
     own_api.kill()
     own_api.start()
-    task = await becomes(http, await invoke(http, agent), *TERMINAL)
-    assert worker.running
-    assert (task["status"], task["result"]) == ("completed", f"Hello, said process {worker.running.pid}")
+    task = await becomes(http, await invoke(http, employer, "After"), *TERMINAL)
+    assert (task["status"], task["result"]) == ("completed", worker.result("After"))

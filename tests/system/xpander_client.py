@@ -25,10 +25,12 @@ from xpander_sdk import (  # type: ignore[import-not-found]
     Tokens,
     User,
 )
+from xpander_sdk.models.deep_planning import DeepPlanning  # type: ignore[import-not-found]
 
 TYPES = {
     "status": AgentExecutionStatus,
     "output_format": OutputFormat,
+    "deep_planning": DeepPlanning.model_validate,
     "tokens": Tokens.model_validate,
     "user_details": User.model_validate,
 }

@@ -1,6 +1,7 @@
-"""A worker of xpander.ai's own SDK for the tests, in that SDK's environment: `xpander_worker.py RELEASE`.
+"""A worker of xpander.ai's own SDK for the tests, in that SDK's environment: `xpander_worker.py FOLDER`.
 
-A task is finished once the file RELEASE is there. The SDK connects, and stays, as it decorates.
+A task whose text begins with "Hold" is finished once FOLDER has a file with its id. The SDK connects, and stays, as it
+decorates.
 """
 
 import asyncio
@@ -10,19 +11,19 @@ from pathlib import Path
 
 from xpander_sdk import Task, Tokens, on_task  # type: ignore[import-not-found]
 
-RELEASE = Path(sys.argv[1])
+FOLDER = Path(sys.argv[1])
 
 
-def released() -> bool:
-    return RELEASE.exists()
+def may_end(task: Task) -> bool:
+    return not task.input.text.startswith("Hold") or (FOLDER / task.id).exists()
 
 
 @on_task  # type: ignore[untyped-decorator]
 async def echo(task: Task) -> Task:
     print(f"works on {task.id}", flush=True)
-    while not released():
+    while not may_end(task):
         await asyncio.sleep(0.01)
-    if task.input.text == "fail":
+    if task.input.text == "Fail":
         raise ValueError("no luck")
     task.result = f"{task.input.text}, said process {os.getpid()}"
     task.tokens = Tokens(prompt_tokens=3, completion_tokens=4)
