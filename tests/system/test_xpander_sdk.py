@@ -303,8 +303,8 @@ async def test_a_status_is_set_with_a_result_and_without_one(client: Client, age
     task = await client("Task.aset_status", task=id_, status="paused")  # it sends `result: null`
     assert (task["status"], task["result"]) == ("paused", None)
     assert task["paused_at"]
-    task = await client("Task.aset_status", task=id_, status="executing")
-    assert (task["status"], task["finished_at"]) == ("executing", None)
+    task = await client("Task.aset_status", task=id_, status="executing", result="Further.")
+    assert (task["status"], task["result"], task["finished_at"]) == ("executing", "Further.", None)
     task = await client("Task.aset_status", task=id_, status=ending, result="Done.")
     assert (task["status"], task["result"]) == (ending, "Done.")
     assert task["finished_at"]
