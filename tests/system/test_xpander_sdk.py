@@ -479,6 +479,20 @@ async def test_a_deleted_task_is_not_found(client: Client, http: httpx.AsyncClie
     assert await client("Tasks.alist", agent_id=agent) == []
 
 
+async def test_a_task_at_work_takes_no_other_turn_and_none_of_another_agent(client: Client, agent: str) -> None:
+    id_ = (await client("Tasks.acreate", agent_id=agent, prompt="First"))["id"]
+    await client("Task.aset_status", task=id_, status="executing")
+    with pytest.raises(Refused) as raised:
+        await client("Tasks.acreate", agent_id=agent, existing_task_id=id_, prompt="Second")
+    assert (raised.value.name, raised.value.status_code) == ("ModuleException", 409)
+    assert isinstance(raised.value.detail, str)
+    await client("Task.aset_status", task=id_, status="completed", result="Done.")
+    with pytest.raises(Refused) as raised:
+        await client("Tasks.acreate", agent_id=f"{agent}-other", existing_task_id=id_, prompt="Second")
+    assert raised.value.status_code in {403, 404}
+    assert (await client("Tasks.aget", task_id=id_))["input"]["text"] == "First"
+
+
 async def test_a_wrong_key_is_refused(client: Client, agent: str) -> None:
     for call, named in (
         ("Tasks.acreate", {"agent_id": agent, "prompt": "Hello"}),
@@ -528,6 +542,19 @@ async def test_a_workers_task_is_told_as_it_happens(client: Client, worker: Work
     assert (told[0]["data"]["status"], told[-1]["data"]["status"]) == ("pending", "completed")
     assert "executing" in {event["data"]["status"] for event in told}
     assert told[-1]["data"]["result"] == worker.result("Hold it")
+
+
+async def test_a_workers_tools_are_told_and_logged(client: Client, worker: Worker, employer: str) -> None:
+    id_ = (await client("Tasks.acreate", agent_id=employer, prompt="Search", events_streaming=True))["id"]
+    told = [event for event in await client("Task.aevents", task=id_) if event["type"].startswith("tool_call")]
+    call = {"request_id": "call-1", "operation_id": "search", "tool_name": "Search", "payload": {"query": "logs"}}
+    assert [event["type"] for event in told] == ["tool_call_request", "tool_call_result"]
+    assert [{name: event["data"][name] for name in call} for event in told] == [call, call]
+    assert (told[1]["data"]["result"], told[1]["data"]["is_error"]) == ({"found": 3}, False)
+    said = (await client("Task.aget_activity_log", task=id_))["messages"]
+    assert [one["content"]["text"] for one in (said[0], said[-1])] == ["Search", worker.result("Search")]
+    logged = [(one["tool_name"], one["payload"], one["result"]) for one in said[1:-1]]
+    assert logged[-1] == ("Search", {"query": "logs"}, {"found": 3})
 
 
 async def test_a_handler_that_raises_is_an_error(http: httpx.AsyncClient, employer: str) -> None:
