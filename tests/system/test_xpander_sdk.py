@@ -429,12 +429,24 @@ async def test_a_task_that_was_done_elsewhere_is_reported(client: Client, agent:
     assert [task["id"] for task in await client("Tasks.alist", agent_id=agent)] == [failed["id"], done["id"]]
 
 
-async def test_tokens_are_reported_and_reported_twice_count_once(client: Client, agent: str) -> None:
+async def test_tokens_are_saved_with_the_end_and_count_once_however_often_they_are_told(
+    client: Client, agent: str
+) -> None:
+    id_ = (await client("Tasks.acreate", agent_id=agent, prompt="Hello"))["id"]
+    end = {"status": "completed", "result": "Done.", "tokens": {"prompt_tokens": None, "completion_tokens": 4}}
+    saved = await client("Task.asave", task=id_, fields=end)
+    assert (saved["tokens"]["prompt_tokens"], saved["tokens"]["completion_tokens"]) == (0, 4)
+    await client("Task.asave", task=id_)
+    for _ in range(2):
+        await client("Task.areport_metrics", task=id_)
+    assert (await client("Tasks.aget", task_id=id_))["tokens"] == saved["tokens"]
+
+
+async def test_tokens_that_are_only_reported_count(client: Client, agent: str) -> None:
     id_ = (await client("Tasks.acreate", agent_id=agent, prompt="Hello"))["id"]
     await client("Task.aset_status", task=id_, status="completed", result="Done.")
     tokens = {"prompt_tokens": 3, "completion_tokens": 4}
-    for _ in range(2):  # it does so itself, for an answer that looks like a promise
-        await client("Task.areport_metrics", task=id_, fields={"tokens": tokens})
+    await client("Task.areport_metrics", task=id_, fields={"tokens": tokens})
     task = await client("Tasks.aget", task_id=id_)
     assert {name: task["tokens"][name] for name in tokens} == tokens
     assert (task["status"], task["result"]) == ("completed", "Done.")
