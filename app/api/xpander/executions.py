@@ -18,7 +18,7 @@ from app.api.xpander.models import Listing, Metrics, Pushed, Report, Update, bod
 from app.api.xpander.paths import member
 from app.api.xpander.spelling import activity, measured, pushed, report_of, reported, restated, task_item
 from app.api.xpander.tasks import ITEM, again, filter_of, stopped, task_of, whole
-from app.errors import Conflict, Invalid
+from app.errors import Conflict, Invalid, NotFound
 from app.events import Json
 from app.identity import Identity
 from app.log import random_id
@@ -103,7 +103,8 @@ async def report(request: Request) -> Response:
     with suppress(Conflict):  # it is known
         await store.submit(made, actor=actor(who))
     found = await store.get(who.org, made.id)
-    assert found is not None, "just made, or known"
+    if found is None or found.agent != agent_id:
+        raise NotFound("Task not found")
     found = await _restate(store, who, found, lambda task: report_of(task, asked, actor(who)))
     return reply(await whole(store, found))
 

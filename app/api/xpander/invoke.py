@@ -26,7 +26,7 @@ from app.identity import Identity
 from app.requests import actor, changed, reply, store_of
 from app.sse import Stream
 from app.store import Store
-from app.streams import Streams
+from app.streams import WAITS, Streams
 from app.task import Task
 
 logger = structlog.get_logger()
@@ -56,7 +56,7 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     elif known.agent != agent_id:
         raise NotFound("Task not found")
     else:
-        said = turn(asked, agent, actor(who), kind=kind)
+        said = turn(known, asked, agent, actor(who), kind=kind)
         said = replace(said, extra={**said.extra, "agent_version": version})
         if known.terminal:  # else they are the running turn's
             await store.hide(who.org, known.id, hidden)
@@ -93,13 +93,11 @@ async def invoke(request: Request, kind: str) -> Response:
 
 
 async def ended(request: Request, found: Task) -> Task:
-    store = store_of(request)
-    while not found.terminal:
-        over = await changed(request, found.id, found.last_event_id, SYNC_SECONDS_MAX, lambda _: False)
-        found = await again(store, found)
-        if not over or not found.terminal:
-            break
-    return found
+    request.scope[WAITS] = True
+    if found.terminal:
+        return found
+    await changed(request, found.id, found.last_event_id, SYNC_SECONDS_MAX, lambda _: False)
+    return await again(store_of(request), found)
 
 
 async def invoke_async(request: Request, kind: str) -> Response:

@@ -194,8 +194,8 @@ class Paging(Listing, Pages):
 class Decision(Model):
     """Ours, for upstream says nothing of these bodies (contract §3.6)."""
 
-    feedback: str = ""
-    payload: Json = {}
+    feedback: str | None = None
+    payload: Json | None = None
 
 
 async def body_of(request: Request, model: type[B], *, empty: bool = False) -> B:

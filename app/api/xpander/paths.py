@@ -14,10 +14,11 @@ from app.errors import NotFound
 from app.identity import Identity, caller
 
 NOUNS = ("agent-execution", "events", "agents-metrics", "activity", "agents", "hitl")
+_NOUN = f"(?:{'|'.join(NOUNS)})"
 _CONTROLLER = re.compile(
-    rf"/+(?!(?:v1|api|worker)/)(?:agent-controller/+)?(?:([^/]+)/+)?((?:{'|'.join(NOUNS)})(?:/.*)?)", re.DOTALL
+    rf"/+(?!(?:v1|api|worker)/)(?:agent-controller/+)?(?:(?!{_NOUN}/)([^/]+)/+)?({_NOUN}(?:/.*)?)", re.DOTALL
 )
-"""No organisation has the name of another surface."""
+"""No organisation has the name of another surface or of a noun: tasks and agents may."""
 _ORG = "taskcast.org"
 
 

@@ -13,6 +13,7 @@ from typing import Any, assert_never
 from uuid import uuid4
 
 import msgspec
+from msgspec.structs import replace
 
 from app import errors, events
 from app.agents import Agent, effective
@@ -43,9 +44,11 @@ ASKED = {word: tuple(status for status in STORED if STATUS[status] == word) for 
 
 METRICS = "metrics"
 """Among what is stated: what the SDK reported."""
+COUNTED = "counted"
+"""In `extra`: the task's tokens, in and out, before its present turn. The SDK tells those of a turn."""
 
 SECRETS = ("user_tokens", "user_oidc_token")
-MCP_SECRETS = ("api_key", "client_id", "client_secret", "headers", "env_vars")
+MCP_SECRETS = ("api_key", "client_id", "client_secret", "headers", "env_vars", "sso_token")
 PINNED = "worker:"
 """Queue of what one registered worker alone may have."""
 LOCAL = "local:"
@@ -88,8 +91,11 @@ def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, k
     return effective(made, agent)
 
 
-def turn(asked: Invocation, agent: Agent, actor: str, *, kind: str) -> Continued:
+def turn(known: Task, asked: Invocation, agent: Agent, actor: str, *, kind: str) -> Continued:
     """The next turn of the task that the request names."""
+    extra = _extra(asked, kind)
+    if known.total_tokens:
+        extra[COUNTED] = [known.input_tokens, known.output_tokens]
     made = Continued(
         actor=actor,
         query=asked.input.text or "",
@@ -100,7 +106,7 @@ def turn(asked: Invocation, agent: Agent, actor: str, *, kind: str) -> Continued
         llm_model=asked.llm_model_name or "",
         llm_effort=asked.llm_reasoning_effort or "",
         output_schema=_schema(asked),
-        extra=_extra(asked, kind),
+        extra=extra,
         submission=random_id(),
     )
     return effective(made, agent)
@@ -155,6 +161,8 @@ def restated(found: Task, update: Update, actor: str) -> Restated | None:
     if "result" in sent and not frozen:
         known = found.error if to in {Status.FAILED, Status.ERRORED} else found.result
         result = update.result or "" if (update.result or "") != known else None
+    if to == Status.COMPLETED and result is None and found.result:
+        result = found.result  # said before, and now the turn's answer: the conversation has it from its end
     internal = _changed(update, "internal_status", found.internal_status)
     title = _changed(update, "title", found.title)
     stated = _stated(found, update)
@@ -179,6 +187,8 @@ def _stated_status(found: Task, word: Word) -> str:
     before = found.status
     if STATUS[before] == word:
         return ""
+    if found.waits and word in {"pending", "executing"}:
+        return ""  # an echo: the handler waits for a decision, and would wait for ever if the task went on without it
     if found.terminal:
         # A stopped worker says `completed`, and there is no word by which it could be told: but an explicit pause
         # re-opens the task, as upstream's own test expects (§3.5).
@@ -213,10 +223,16 @@ def _changed(update: Update, name: str, known: str) -> str | None:
 
 def _stated(found: Task, update: Update) -> Json | None:
     """None: it states nothing new."""
-    before = task_body(found)
+    ours, before = task_body(replace(found, stated={})), task_body(found)
     stated = dict(found.stated)
     for name in STATED:
-        if name in update.model_fields_set and (value := getattr(update, name)) != before[name]:
+        if name not in update.model_fields_set or (value := getattr(update, name)) == before[name]:
+            continue
+        if name in {"duration", "source"} and not value:
+            continue  # the SDK's own defaults: it says 0 of each task that it knows from before its end
+        if value == ours[name]:
+            stated.pop(name, None)
+        else:
             stated[name] = value
     if extension := update.tool_call_payload_extension:
         stated["payload_extension"] = {**(before["payload_extension"] or {}), **extension}
@@ -227,12 +243,19 @@ def usage_of(tokens: Tokens | None, found: Task) -> Usage | None:
     """Beyond what is counted already: the SDK tells the same sum more than once."""
     if tokens is None:
         return None
+    prompt, completion = _counted(found)
     return Usage(
         model=found.llm_model,
         provider=found.llm_provider,
-        input_tokens=max(0, tokens.prompt_tokens - found.input_tokens),
-        output_tokens=max(0, tokens.completion_tokens - found.output_tokens),
+        input_tokens=max(0, tokens.prompt_tokens - prompt),
+        output_tokens=max(0, tokens.completion_tokens - completion),
     )
+
+
+def _counted(found: Task) -> tuple[int, int]:
+    """Tokens of the present turn, in and out."""
+    before: list[int] = found.extra.get(COUNTED, [0, 0])
+    return found.input_tokens - before[0], found.output_tokens - before[1]
 
 
 def reported(report: Report, agent: Agent, who: Identity) -> Submission:
@@ -363,18 +386,16 @@ _NOBODY: Json = dict.fromkeys(("id", "first_name", "last_name", "additional_attr
 
 
 def result_of(found: Task) -> str | None:
-    """A text, always (§2.1): a JSON result as its JSON, an error as its sentence."""
+    """A text, always (§2.1): a JSON result as its JSON, an error as its sentence, whatever had come out before it."""
     return found.error or found.result or ("" if found.status is Status.COMPLETED else None)
 
 
 def tokens_of(found: Task) -> Json | None:
-    if not found.total_tokens:
+    """Of the present turn, as its result."""
+    prompt, completion = _counted(found)
+    if not prompt + completion:
         return None
-    return {
-        "completion_tokens": found.output_tokens,
-        "prompt_tokens": found.input_tokens,
-        "total_tokens": found.total_tokens,
-    }
+    return {"completion_tokens": completion, "prompt_tokens": prompt, "total_tokens": prompt + completion}
 
 
 def _time(micros: int) -> str | None:
@@ -470,9 +491,11 @@ def _told(entry: Entry, *, extended: Extended) -> list[tuple[str, Any]]:
             return [("task_created", _state(entry))]
         case _:
             found = _state(entry)
-            ended = found["status"] in _ENDED and not isinstance(event, events.Restated)
-            moved = isinstance(event, events.Restated) and bool(event.to) and found["status"] in _ENDED
-            return [("task_finished" if ended or moved else "task_updated", found)]
+            if found["status"] not in _ENDED:
+                return [("task_updated", found)]
+            # What is stated of an ended task comes after its readers have left, and `task_finished` is the last frame.
+            late = isinstance(event, events.Restated) and not event.to
+            return [] if late else [("task_finished", found)]
 
 
 _ENDED = frozenset(STATUS[status] for status in TERMINAL)
@@ -547,6 +570,8 @@ def pushed(kind: str, data: Any, actor: str) -> AnyEvent | None:
                 payload=kept,
             )
         case "think" | "analyze":
+            if isinstance(data, str):
+                fields = {"payload": {"input": {"title": "", "thought": data}}}
             return events.Thinking(actor=actor, payload={**fields, "operation_id": kind})
         case "plan_updated":
             return events.PlanUpdated(actor=actor, payload=fields)

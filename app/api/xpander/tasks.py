@@ -126,15 +126,17 @@ async def thread_full(request: Request) -> Response:
     told: Json = {"root": messages(found, await store.thread(who.org, found.id), full=True)}
     size, parents = found.thread_size, deque([found])
     while parents:
-        listed = await store.list(who.org, Filter(parent=parents.popleft().id), limit=THREADS_MAX)
+        listed = await store.list(who.org, Filter(parent=parents.popleft().id), limit=THREADS_MAX + 1)
         for child in reversed(listed.tasks):
+            if child.id in told or child.id == found.id:
+                continue  # whoever submits a task says what its parent is: they may stand in a circle
             size += child.thread_size
             if len(told) > THREADS_MAX or size > THREADS_BYTES_MAX:
                 raise TooLarge(
                     f"The thread has more than {THREADS_MAX} sub-tasks, or {THREADS_BYTES_MAX} bytes: "
                     "ask for those of its sub-tasks."
                 )
-            told.setdefault(child.id, messages(child, await store.thread(who.org, child.id), full=True))
+            told[child.id] = messages(child, await store.thread(who.org, child.id), full=True)
             parents.append(child)
     return reply(told)
 
@@ -189,18 +191,18 @@ async def _decide(request: Request, *, approved: bool) -> Response:
     store, who, found = await task_of(request)
     asked = await body_of(request, Decision, empty=True)
     kind, _, name = found.waits.partition(":")
-    by, feedback = actor(who), asked.feedback
+    by, feedback = actor(who), asked.feedback or ""
     event: events.AnyEvent
     if kind == "approval":
         event = events.ApprovalDecided(
-            actor=by, approval=name, approved=approved, feedback=feedback, payload=asked.payload
+            actor=by, approval=name, approved=approved, feedback=feedback, payload=asked.payload or {}
         )
     elif kind == "review":
         event = events.Reviewed(actor=by, version=int(name), approved=approved, feedback=feedback)
     elif found.status in {Status.PAUSED, Status.HELD} and found.stated.get("hitl_request"):
-        stated, version = {**found.stated, "hitl_request": None}, found.stated_version + 1
+        stated = {name: value for name, value in found.stated.items() if name != "hitl_request"}
         to = Status.QUEUED if approved else Status.CANCELLED
-        event = events.Restated(actor=by, to=to, stated=stated, version=version)
+        event = events.Restated(actor=by, to=to, stated=stated, version=found.stated_version + 1)
     else:
         raise Conflict("The task waits for no decision.", found.status)
     await store.append(who.org, found.id, event, operation=f"decide:{random_id()}")
