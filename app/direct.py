@@ -3,18 +3,19 @@
 No task and no timer: it is offered live entries by the tail, given pages by the hub, and visited by the heartbeat.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 
 import structlog
 
 from app import metrics
+from app.crowd import Crowd
 from app.errors import TaskcastError
 from app.events import Entry
 from app.frames import PING, Spelling, frames_in, retry
 from app.hub import Hub
 from app.log import Logged
-from app.seam import Ended, Item, ManyReader, Reader
+from app.seam import Ended, Item, ManyReader, Reader, TaskReader
 from app.streams import CHUNK_BYTES, Streams, Wire, store_away
 
 logger = structlog.get_logger()
@@ -28,36 +29,40 @@ class Direct:
     """A subscriber on our own server: a detached connection, and the reader that it writes for."""
 
     __slots__ = (
-        "_active",
         "_asked",
+        "_crowd",
         "_first",
-        "_held",
         "_hub",
         "_key",
+        "_left",
         "_limit",
-        "_spelling",
+        "_said",
         "_streams",
         "_stuck",
         "_unsent",
         "_wire",
-        "_write",
+        "_written",
         "closed",
         "reader",
+        "spelling",
+        "write",
     )
 
     def __init__(self, streams: Streams, hub: Hub, reader: Reader, spelling: Spelling, wire: Wire, key: str) -> None:
         self.reader = reader
         self.closed = True
         """Nothing is written: before it begins, and when it is over."""
-        self._streams, self._hub, self._spelling, self._wire, self._key = streams, hub, spelling, wire, key
+        self.spelling = spelling
+        self._streams, self._hub, self._wire, self._key = streams, hub, wire, key
         self._limit = streams.settings.stream_backlog_bytes
-        self._write, self._unsent = wire.write, wire.unsent
-        self._active = False
-        """Written to since the last visit."""
+        self.write, self._unsent = wire.write, wire.unsent
+        self._crowd: Crowd | None = None
+        self._written = 0
+        """Bytes; less what its crowd had written before it joined."""
+        self._said = self._left = 0
+        """Of the bytes written, all at the last visit, and those that had left then."""
         self._asked = False
         """The hub has its wish for a page."""
-        self._held = 0
-        """Unsent bytes at the last visit, and what was added to them since."""
         self._first: list[Item] = []
         """What it begins with, and has not left yet; the last one is the next."""
         self._stuck = 0.0
@@ -77,6 +82,7 @@ class Direct:
     def begin(self, hello: bytes, first: Sequence[Item]) -> None:
         self.closed = False
         self._first = [*reversed(first)]
+        self._wire.limit(min(CHUNK_BYTES, self._limit))
         self._send(hello)
         if self._streams.closing:
             self.leave()
@@ -86,22 +92,17 @@ class Direct:
     # As a sink
 
     def take(self, one: Logged) -> None:
-        """The hot path: every live event of every reader comes by."""
         if self.closed:
-            return None
-        unsent = self._unsent()
-        if unsent > self._limit:
-            return self._abort("slow")
-        data, frames = one.spelled.get(self._spelling) or self._spelling.live(one)
+            return
+        if self._unsent() > self._limit:
+            self._abort("slow")
+            return
+        data, frames = one.spelled.get(self.spelling) or self.spelling.live(one)
         if frames:
-            self._active = True
-            if unsent:
-                self._held += len(data)
-            streams = self._streams
-            streams.frames += frames
-            streams.bytes += len(data)
-            self._write(data)
-        return None
+            self._put(data, frames)
+        if isinstance(reader := self.reader, TaskReader) and not reader.folds and not self._unsent():
+            self._crowd = self._hub.gather(self, reader)
+            self._written -= self._crowd.written if self._crowd else 0
 
     def give(self, items: Sequence[Item]) -> None:
         if self.closed:
@@ -109,18 +110,18 @@ class Direct:
         if self._unsent() > self._limit:
             self._abort("slow")
         else:
-            self._send(self._spelling.body(items))
+            self._send(self.spelling.body(items))
             self._end_if_done(items)
 
     def page(self, items: Sequence[Item], shared: dict[object, bytes]) -> None:
         self._asked = False
         entries = [*takewhile(lambda item: isinstance(item, Entry), items)]
         # Readers of one page differ in the controls around its entries only.
-        same = (self._spelling, *map(id, entries))
+        same = (self.spelling, *map(id, entries))
         data = shared.get(same)
         if data is None:
-            data = shared[same] = self._spelling.body(entries)
-        self._send(data + self._spelling.body(items[len(entries) :]))
+            data = shared[same] = self.spelling.body(entries)
+        self._send(data + self.spelling.body(items[len(entries) :]))
         self._end_if_done(items)
         self._ask()
 
@@ -135,19 +136,35 @@ class Direct:
             logger.error("stream.failed", exc_info=error)
             self._goodbye("failed")
 
+    # As a member of a crowd
+
+    @property
+    def count(self) -> Callable[[int, int], None]:
+        return self._streams.count
+
+    def part(self) -> None:
+        if crowd := self._crowd:
+            self._crowd = None
+            self._written += crowd.written
+            crowd.remove(self)
+
     # As the owner of its connection
+
+    def filled(self) -> None:
+        """A crowd does not look how much is unsent: who has much goes alone."""
+        self.part()
 
     def drained(self) -> None:
         """What it begins with may be large: it leaves in pieces, and then the reader goes on."""
         while self._first and not self.closed and self._unsent() <= CHUNK_BYTES:
             item = self._first.pop()
-            self._send(self._spelling.body([item]))
+            self._send(self.spelling.body([item]))
             self._end_if_done([item])
         if not self._first:
             self._ask()
 
     def lost(self) -> None:
-        self.closed = True
+        self._close()
         self._hub.close(self.reader)
         self._streams.remove(self, self._key)
 
@@ -161,16 +178,14 @@ class Direct:
 
     def visit(self, seconds: float) -> None:
         """Twice per heartbeat."""
-        unsent = self._unsent()
-        self._stuck = self._stuck + seconds if unsent and unsent >= self._held else 0.0
-        self._held = unsent
+        written, unsent = self._written + (self._crowd.written if self._crowd else 0), self._unsent()
+        active, stuck = written != self._said, unsent and written - unsent <= self._left
+        self._said, self._left = written, written - unsent
+        self._stuck = self._stuck + seconds if stuck else 0.0
         if self._streams.stalled(self._stuck):
-            return self._abort("stalled")
-        if not self._active and not unsent and not self.closed:
-            self._send(PING + self._spelling.body(reached(self.reader)))
-        else:
-            self._active = False
-        return None
+            self._abort("stalled")
+        elif not active and not unsent and not self.closed:
+            self._send(PING + self.spelling.body(reached(self.reader)))
 
     # Inside
 
@@ -181,28 +196,32 @@ class Direct:
 
     def _send(self, body: bytes) -> None:
         if body and not self.closed:
-            data = self._spelling.chunk(body)
-            self._active = True
-            self._held += len(data)
-            self._streams.frames += frames_in(body)
-            self._streams.bytes += len(data)
-            self._write(data)
+            self._put(self.spelling.chunk(body), frames_in(body))
+
+    def _put(self, data: bytes, frames: int) -> None:
+        self._written += len(data)
+        self._streams.count(frames, len(data))
+        self.write(data)
 
     def _end_if_done(self, items: Sequence[Item]) -> None:
         if items and isinstance(items[-1], Ended) and not self.closed:
-            self.closed = True
+            self._close()
             self._wire.end()
+
+    def _close(self) -> None:
+        self.closed = True
+        self.part()
 
     def _goodbye(self, reason: str) -> None:
         if not self.closed:
             metrics.STREAMS_ABORTED.labels(reason).inc()
             self._send(retry())
-            self.closed = True
+            self._close()
             self._wire.hang_up()
 
     def _abort(self, reason: str) -> None:
         """Also of a stream that has ended, and whose last bytes nobody takes."""
         logger.info("stream.aborted", reason=reason, unsent_bytes=self._unsent())
         metrics.STREAMS_ABORTED.labels(reason).inc()
-        self.closed = True
+        self._close()
         self._wire.abort()

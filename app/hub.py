@@ -1,8 +1,9 @@
 """One tail per partition, many readers: how a process follows tasks live.
 
-The tail offers each entry to the readers that it concerns (`seam.py` says what they do with it); readers that replay
-are served by a few tasks for all of them, and those that stand at the same place together: however many clients come
-back at once, each page is read once. A `Pull` turns a reader into pages to iterate, for who waits anyway.
+The tail offers each entry to the readers that it concerns (`seam.py` says what they do with it, `crowd.py` how it serves
+many at once); readers that replay are served by a few tasks for all of them, and those that stand at the same place
+together: however many clients come back at once, each page is read once. A `Pull` turns a reader into pages to iterate,
+for who waits anyway.
 
 The hub never reads after `$`: each empty answer would move that place. It knows nothing of HTTP and of dialects.
 """
@@ -17,6 +18,7 @@ import structlog
 from msgspec.structs import fields
 
 from app.connect import Door
+from app.crowd import Audience, Crowd, Member
 from app.errors import TaskcastError, Unavailable
 from app.log import Log, Logged, Partitions
 from app.seam import (
@@ -63,7 +65,7 @@ class Tail:
 
     def __init__(self, door: Door, log: Log, tag: str) -> None:
         self._door, self._log, self._tag = door, log, tag
-        self._readers: dict[tuple[str, str], set[TaskReader]] = defaultdict(set)
+        self._audiences: dict[tuple[str, str], Audience] = defaultdict(Audience)
         self._strands: set[Strand] = set()
         self._watchers: set[Callable[[Logged], None]] = set()
         self._task: asyncio.Task[None] | None = None
@@ -74,17 +76,20 @@ class Tail:
         if isinstance(reader, Strand):
             self._strands.add(reader)
         else:
-            self._readers[reader.org, reader.task].add(reader)
+            self._audiences[reader.org, reader.task].alone[reader] = None
         await self._running()
 
     def leave(self, reader: TaskReader | Strand) -> None:
         if isinstance(reader, Strand):
             self._strands.discard(reader)
-        elif found := self._readers.get(who := (reader.org, reader.task)):
-            found.discard(reader)
-            if not found:
-                del self._readers[who]
+        elif found := self._audiences.get(who := (reader.org, reader.task)):
+            found.alone.pop(reader, None)
+            if not found.alone and not found.crowds:
+                del self._audiences[who]
         self._rest()
+
+    def gather(self, member: Member, reader: TaskReader) -> Crowd | None:
+        return self._audiences[reader.org, reader.task].gather(member, reader)
 
     async def watch(self, watcher: Callable[[Logged], None]) -> None:
         """Offers every entry of the partition; a watcher reads the header and must not raise."""
@@ -104,7 +109,7 @@ class Tail:
         await asyncio.shield(self._placed)
 
     def _rest(self) -> None:
-        if not self._readers and not self._strands and not self._watchers and self._task:
+        if not self._audiences and not self._strands and not self._watchers and self._task:
             self._task.cancel()
             self._task = self._placed = None
 
@@ -159,18 +164,17 @@ class Tail:
 
     def _offer(self, one: Logged) -> int:
         """To how many. Copies: an offer may make a reader leave."""
-        readers = tuple(self._readers.get((one.org, one.task), ()))
-        for reader in readers:
-            reader.offer(one)
+        audience = self._audiences.get((one.org, one.task))
+        offered = audience.offer(one) if audience else 0
         for strand in tuple(self._strands):
             strand.offer(one)
         for watcher in tuple(self._watchers):
             watcher(one)
-        return len(readers) + len(self._strands)
+        return offered + len(self._strands)
 
     def _replay_all(self) -> None:
-        for reader in [reader for readers in self._readers.values() for reader in readers]:
-            reader.lost()
+        for audience in [*self._audiences.values()]:
+            audience.lost()
         for strand in tuple(self._strands):
             strand.lost()
 
@@ -310,6 +314,10 @@ class Hub:
         if isinstance(reader, TaskReader):
             return [(self._tails[self._partitions.tag(reader.org, reader.task)], reader)]
         return [(self._tails[strand.tag], strand) for strand in reader.strands]
+
+    def gather(self, member: Member, reader: TaskReader) -> Crowd | None:
+        """The crowd that it has joined, if there is one for it. Its reader is live, and has just taken an entry."""
+        return self._tails[self._partitions.tag(reader.org, reader.task)].gather(member, reader)
 
     @asynccontextmanager
     async def follow(self, reader: Reader) -> AsyncIterator[Pull]:

@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from app import metrics
-from app.streams import CHUNK_BYTES, WIRE, Detached
+from app.streams import WIRE, Detached
 
 logger = structlog.get_logger()
 
@@ -50,7 +50,6 @@ class Connection:
             owner.lost()
             return False
         detach(Kept(self._transport, owner))
-        self._transport.set_write_buffer_limits(high=CHUNK_BYTES)
         return True
 
     @staticmethod  # one function for all connections, so that they share what is spelled
@@ -85,6 +84,9 @@ class Kept(asyncio.Protocol):
     def connection_lost(self, _: Exception | None) -> None:
         self.connections.discard(self)
         self._owner.lost()
+
+    def pause_writing(self) -> None:
+        self._owner.filled()
 
     def resume_writing(self) -> None:
         self._owner.drained()

@@ -224,6 +224,10 @@ class TaskReader(Place):
         self._check = True
         self._gap: Page | None = None
 
+    @property
+    def folds(self) -> bool:
+        return self._state is not None
+
     async def begin(self, fetch: Fetch) -> list[Item]:
         """Finds out whether it may begin at all. Raises NotFound, Gone."""
         page = await fetch(WantPage(self.org, self.task, self.after, self._check, limit=1))

@@ -138,8 +138,11 @@ def _start(headers: Sequence[tuple[bytes, bytes]]) -> Message:
 class Away:
     """Owns a connection that says goodbye."""
 
-    def drained(self) -> None:
+    def filled(self) -> None:
         """Nothing follows."""
+
+    def drained(self) -> None:
+        """As `filled`."""
 
     def lost(self) -> None:
         """Nothing is held."""

@@ -36,7 +36,7 @@ class Wire(Protocol):
     """What our server lends a stream of its connection; absent on any other ASGI server."""
 
     def limit(self, unsent_bytes: int) -> None:
-        """`send` waits while more than that is unsent."""
+        """`send` waits while more than that is unsent; of a detached connection the owner is told (`filled`)."""
 
     def unsent(self) -> int: ...
 
@@ -62,8 +62,11 @@ class Wire(Protocol):
 class Detached(Protocol):
     """Who owns a detached connection."""
 
+    def filled(self) -> None:
+        """More is unsent than its limit. Called inside `write`, once until it has drained."""
+
     def drained(self) -> None:
-        """What was unsent has left."""
+        """What was unsent has left, or most of it."""
 
     def lost(self) -> None:
         """The connection is closed. Called once."""
@@ -147,7 +150,7 @@ class Streams:
         if not self.open and self._heart:
             self._heart.cancel()
             self._heart = None
-            self._count()
+            self._tell()
 
     @contextmanager
     def holding(self, stream: Leaving, key: str) -> Iterator[None]:
@@ -168,20 +171,23 @@ class Streams:
                 for stream in streams[i * share : (i + 1) * share]:
                     if stream in self.open:
                         stream.visit(pause * BEATS)
-                self._count()
+                self._tell()
 
     def stalled(self, seconds: float) -> bool:
         """Whether a reader that took nothing for so long is to be cut off."""
         return seconds >= STALLED_SECONDS
 
+    def count(self, frames: int, size: int) -> None:
+        """What was written. It is told with the next beat: a counter's lock for each frame would cost as much as that."""
+        self.frames += frames
+        self.bytes += size
+
     def sent(self, body: bytes) -> None:
         """Not chunked."""
-        self.frames += frames_in(body)
-        self.bytes += len(body)
-        self._count()
+        self.count(frames_in(body), len(body))
+        self._tell()
 
-    def _count(self) -> None:
-        """A counter's lock for each frame would cost as much as writing it."""
+    def _tell(self) -> None:
         metrics.STREAM_FRAMES.inc(self.frames)
         metrics.STREAM_BYTES.inc(self.bytes)
         self.frames = self.bytes = 0

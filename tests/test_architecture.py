@@ -18,6 +18,7 @@ LAYERS = [
         "app.agents",
         "app.registrations",
         "app.seam",
+        "app.crowd",
         "app.hub",
     },
     {"app.store"},

@@ -10,6 +10,7 @@ import pytest
 from app import events
 from app import frames as frames_
 from app import streams as streams_
+from app.crowd import Crowd
 from app.direct import Direct
 from app.identity import DEVELOPMENT_KEY
 from app.protocol import Kept
@@ -96,7 +97,7 @@ async def test_clients_that_leave_leave_nothing_behind(store: Store, server: Ser
     await wait_until(lambda: store.hub.subscribers == 0, "all subscriptions end")
     assert not streams_of(server).open
     assert not streams_of(server)._keys
-    assert not any(tail._readers for tail in store.hub._tails.values())
+    assert not any(tail._audiences for tail in store.hub._tails.values())
 
 
 async def test_a_client_that_leaves_before_its_stream_begins_leaves_nothing_behind(
@@ -210,6 +211,83 @@ async def test_an_event_is_spelled_once_for_all_who_want_the_same(
         for reader in (*readers, *filtered):
             await reader.readuntil(b'"delta":"word"')
         assert len(spelled) == 2
+
+
+def together(server: Served) -> set[Crowd | None]:
+    return {stream._crowd for stream in streams_of(server).open if isinstance(stream, Direct)}
+
+
+async def test_readers_who_have_caught_up_go_on_together(store: Store, settings: Settings) -> None:
+    """Whatever they do, each gets all, and what they get is counted."""
+    task, attempt = await started(store)
+    async with served(store, settings, heartbeat_seconds=300) as server, AsyncExitStack() as stack:
+        readers = [(await stack.enter_async_context(raw(server, task)))[0] for _ in range(3)]
+        async with raw(server, task):
+            await wait_until(lambda: all(one.reader.live for one in streams_of(server).open), "all are live")  # type: ignore[attr-defined]
+            assert together(server) == {None}
+            await attempt.write("alone")
+            await wait_until(lambda: len(together(server) - {None}) == len(together(server)) == 1, "they go together")
+            before = streams_of(server).frames, streams_of(server).bytes
+            await attempt.write("together")
+            for reader in readers:
+                await reader.readuntil(b'"delta":"alone"')
+                await reader.readuntil(b"\n\n\r\n")
+                chunk = await reader.readuntil(b"\n\n\r\n")
+                assert b'"delta":"together"' in chunk
+            counted = before[0] + 4, before[1] + 4 * len(chunk)
+            assert (streams_of(server).frames, streams_of(server).bytes) == counted
+        await wait_until(lambda: len(streams_of(server).open) == 3, "one has left")
+        readers.append((await stack.enter_async_context(raw(server, task)))[0])
+        await readers[-1].readuntil(b'"delta":"together"')
+        await attempt.write("more")
+        await attempt.complete()
+        for reader in readers:
+            body = await reader.read()
+            assert body.count(b'"delta":"more"') == body.count(b"data: [DONE]") == 1
+            assert b'"delta":"together"' not in body
+
+
+async def test_who_goes_with_others_gets_a_heartbeat_after_silence_only(store: Store, settings: Settings) -> None:
+    task, attempt = await started(store)
+    async with served(store, settings, heartbeat_seconds=300) as server, raw(server, task) as (reader, _):
+        (stream,) = streams_of(server).open
+        assert isinstance(stream, Direct)
+        await wait_until(lambda: stream.reader.live, "it is live")
+        for word in ("a", "b", "c"):
+            await attempt.write(word)
+            await reader.readuntil(b'"delta":"%s"' % word.encode())
+            assert stream._crowd
+            stream.visit(150)
+        stream.visit(150)
+        assert (await reader.readuntil(b": ping\n")).count(b"\n\n") == 1  # the end of the last frame's
+
+
+@production
+async def test_who_goes_with_others_and_takes_nothing_is_cut_off(
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However little there is for it to take."""
+    monkeypatch.setattr(streams_, "STALLED_SECONDS", 0.5)
+    task, attempt = await started(store)
+    async with (
+        served(store, settings, heartbeat_seconds=0.2) as server,
+        raw(server, task) as (reader, _),
+        raw(server, task) as (_, stuck),
+    ):
+        await wait_until(lambda: all(one.reader.live for one in streams_of(server).open), "both are live")  # type: ignore[attr-defined]
+        stuck.transport.pause_reading()  # type: ignore[attr-defined]
+        await attempt.write("x")
+        await wait_until(lambda: len(together(server) - {None}) == 1 == len(together(server)), "they go together")
+        both = [one for one in streams_of(server).open if isinstance(one, Direct)]
+        number = 0
+        while not any(one._unsent() for one in both):
+            number += 1
+            await attempt.say(events.Noted(name="BIG", payload={"x": "y" * 20_000 + f"<{number}>"}))
+            await reader.readuntil(b"<%d>" % number)
+        assert len(together(server)) == 1
+        await wait_until(lambda: len(streams_of(server).open) == 1, "it is cut off")
+        await attempt.complete()
+        await reader.readuntil(b"data: [DONE]")
 
 
 @production

@@ -565,11 +565,11 @@ async def test_an_abort_leaves_the_chunked_body_unfinished(store: Store, setting
 
 
 @production
+@pytest.mark.parametrize("bound", [16 * 1024, 128 * 1024])
 async def test_a_reader_that_takes_nothing_is_cut_off_holds_little_and_loses_nothing(
-    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    store: Store, settings: Settings, monkeypatch: pytest.MonkeyPatch, bound: int
 ) -> None:
     monkeypatch.setattr(streams_, "STALLED_SECONDS", 1.0)
-    bound = 128 * 1024
     task, attempt = await started(store)
     async with served(store, settings, stream_backlog_bytes=bound) as server:
         with socket.socket() as slow:
