@@ -38,7 +38,7 @@ KINDS = (
     Kind("base", "hash", "org:task", "a snapshot", "until deleted"),
     Kind("base-text", "string", "org:task", "192 KiB", "until deleted"),
     Kind("thread", "list", "org:task", "8 MiB, and its last turn's result", "until deleted"),
-    Kind("secrets", "string", "org:task", "64 KiB", "24 h, or until deleted"),
+    Kind("secrets", "string", "org:task:submission", "64 KiB", "24 h, or until deleted"),
     Kind("index", "zset", "org:what[:value]", "one member per task", "until its last task is deleted"),
     Kind("sessions", "zset", "org:owner", "one member per session", "until its session is deleted"),
     Kind("totals", "hash", "org:owner:session", "3 counters, deleted_at", "until its last task is deleted"),

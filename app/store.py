@@ -21,7 +21,7 @@ from app.queues import Queues
 from app.registrations import Registrations
 from app.settings import Settings
 from app.snapshots import Snapshots
-from app.task import FOLLOWED
+from app.task import FOLLOWED, Task
 
 SECRETS_BYTES_MAX = 64 * 1024
 SECRETS_SECONDS = 24 * 3600
@@ -81,24 +81,22 @@ class Store:
             await self._follow_up(org, task)
         return deleted
 
-    async def hide(self, org: str, task: str, secrets: Json) -> None:
-        """Keeps what a task's worker needs and nobody else may read: in no event, snapshot or list, and for a day only.
-        Said before the task, so that no worker gets it without; nothing: forgets what was. Raises TooLarge.
+    async def hide(self, org: str, task: str, submission: str, secrets: Json) -> None:
+        """Keeps what a turn's worker needs and nobody else may read: in no event, snapshot or list, and for a day only.
+        Said before the turn, so that no worker gets it without. Raises TooLarge.
         """
-        if not secrets:
-            await self.door.call("DEL", self._secrets(org, task), repeat=True)
-            return
         raw = msgspec.json.encode(secrets)
         if len(raw) > SECRETS_BYTES_MAX:
             raise TooLarge(f"The secrets have {len(raw)} bytes; at most {SECRETS_BYTES_MAX} are allowed.")
-        await self.door.call("SET", self._secrets(org, task), raw, "EX", SECRETS_SECONDS, repeat=True)
+        await self.door.call("SET", self._secrets(org, task, submission), raw, "EX", SECRETS_SECONDS, repeat=True)
 
-    async def hidden(self, org: str, task: str) -> Json:
-        raw = await self.door.read("GET", self._secrets(org, task))
+    async def hidden(self, task: Task) -> Json:
+        """What was hidden for its present turn."""
+        raw = await self.door.read("GET", self._secrets(task.org, task.id, task.submission))
         return msgspec.json.decode(raw, type=Json) if raw else {}
 
-    def _secrets(self, org: str, task: str) -> str:
-        return keys.key(self.partitions.tag(org, task), "secrets", org, task)
+    def _secrets(self, org: str, task: str, submission: str) -> str:
+        return keys.key(self.partitions.tag(org, task), "secrets", org, task, submission)
 
     async def _follow_up(self, org: str, task: str) -> None:
         with suppress(Unavailable):

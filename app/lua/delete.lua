@@ -34,7 +34,7 @@ end
 
 plan.entry_id, plan.at = log_entry(plan, fields.status, 'gone')
 redis.call('DEL', plan.task, plan.events, plan.text, plan.next, plan.next_text, plan.base, plan.base_text, plan.thread,
-  key('secrets', org .. ':' .. id))
+  key('secrets', org .. ':' .. id .. ':' .. (fields.submission or '')))
 follow_up(plan)
 redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence, 'created_at', fields.created_at,
   'submission', fields.submission or '')

@@ -4,6 +4,7 @@ Lists are plain arrays, and DELETE stops. Whatever the SDK sends of a task that 
 is: it takes a refusal for a failure of its own, and says so (§3.5).
 """
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -23,6 +24,7 @@ from app.events import Json
 from app.identity import Identity
 from app.log import random_id
 from app.requests import actor, reply, store_of
+from app.schema import misfit
 from app.store import Store
 from app.task import Task
 
@@ -39,7 +41,7 @@ async def create(request: Request) -> Response:
     """With the secrets that it came with: a worker that makes a task for itself begins it from this answer."""
     store = store_of(request)
     found = await accepted(request, id_of(request, "agent_id"), source="sdk")
-    return reply(await whole(store, found) | await store.hidden(found.org, found.id))
+    return reply(await whole(store, found) | await store.hidden(found))
 
 
 async def status(request: Request) -> Response:
@@ -67,6 +69,10 @@ async def _history(request: Request, asked: Listing) -> Response:
 async def update(request: Request) -> Response:
     store, who, found = await task_of(request)
     asked = await body_of(request, Update)
+    if asked.status == "completed" and found.output_schema and not found.terminal:
+        # What has to fit and does not is a failure, as of every other worker; refused, the worker would never say it again.
+        if why := await asyncio.to_thread(misfit, found.output_schema, asked.result or found.result):
+            asked = asked.model_copy(update={"status": "failed", "result": why})
     found = await _restate(store, who, found, lambda task: restated(task, asked, actor(who)))
     return reply(await whole(store, found))
 

@@ -4,6 +4,7 @@ An `id` that is known continues that task as its next turn; while a turn runs, a
 follows in frames of `data:` alone, each with the whole task where its state moved, and ends after `task_finished`.
 """
 
+import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -14,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app import events
+from app import events, schema
 from app.api.xpander.models import Invocation, body_of, id_of
 from app.api.xpander.paths import member
-from app.api.xpander.spelling import connected, control, frame, frame_extended, secrets, submission, turn
+from app.api.xpander.spelling import connected, control, frame, frame_extended, schema_of, secrets, submission, turn
 from app.api.xpander.tasks import again, whole
 from app.errors import Conflict, NotFound
 from app.events import Submission
@@ -40,6 +41,8 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     """The task that the body asks for, new or in its next turn. Raises Rejected, Conflict, NotFound, TooLarge."""
     store, who = store_of(request), member(request)
     asked = await body_of(request, Invocation)
+    if wanted := schema_of(asked):
+        await asyncio.to_thread(schema.check, wanted)  # it may take a quarter of a second
     agent = await store.agents.used(who.org, agent_id)
     version = request.query_params.get("version") or request.headers.get("x-agent-version") or str(agent.version)
     version = version[:VERSION_CHARACTERS_MAX]
@@ -49,7 +52,7 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
         made = submission(asked, agent, who, source=source, kind=kind)
         made = replace(made, extra={**made.extra, "agent_version": version})
         if hidden:
-            await store.hide(who.org, made.id, hidden)
+            await store.hide(who.org, made.id, made.submission, hidden)
         await _submit(store, who, made)
         logger.info("task.submitted", task_id=made.id, org=who.org, agent=agent_id)
         id_ = made.id
@@ -58,8 +61,8 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     else:
         said = turn(known, asked, agent, actor(who), kind=kind)
         said = replace(said, extra={**said.extra, "agent_version": version})
-        if known.terminal:  # else they are the running turn's
-            await store.hide(who.org, known.id, hidden)
+        if hidden:
+            await store.hide(who.org, known.id, said.submission, hidden)
         try:
             await store.append(who.org, known.id, said)
         except Conflict as error:

@@ -84,7 +84,7 @@ def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, k
         llm_provider=asked.llm_model_provider or "",
         llm_model=asked.llm_model_name or "",
         llm_effort=asked.llm_reasoning_effort or "",
-        output_schema=_schema(asked),
+        output_schema=schema_of(asked),
         extra=_extra(asked, kind),
         submission=random_id(),
     )
@@ -105,7 +105,7 @@ def turn(known: Task, asked: Invocation, agent: Agent, actor: str, *, kind: str)
         llm_provider=asked.llm_model_provider or "",
         llm_model=asked.llm_model_name or "",
         llm_effort=asked.llm_reasoning_effort or "",
-        output_schema=_schema(asked),
+        output_schema=schema_of(asked),
         extra=extra,
         submission=random_id(),
     )
@@ -125,7 +125,8 @@ def _queue(asked: Invocation, agent: Agent) -> str:
     return f"{LOCAL if asked.run_locally else PINNED}{asked.worker_id}"
 
 
-def _schema(asked: Invocation) -> Json:
+def schema_of(asked: Invocation) -> Json:
+    """What the result has to fit: only JSON can (§1.7)."""
     return (asked.output_schema or {}) if asked.output_format == "json" else {}
 
 
@@ -293,9 +294,11 @@ def measured(found: Task, metrics: Metrics, actor: str) -> Restated | None:
 
 def report_of(found: Task, report: Report, actor: str) -> Restated | None:
     """The end of a reported task; of one that was reported before, what is new."""
-    if found.terminal and found.queue == REPORTED:
+    if found.terminal:
+        # Its outcome stands; a better answer of a task that ran elsewhere is welcome.
+        better = found.queue == REPORTED and found.status is Status.COMPLETED and report.is_success is not False
         result = report.result or ""
-        return Restated(actor=actor, result=result) if result != (result_of(found) or "") else None
+        return Restated(actor=actor, result=result) if better and result != found.result else None
     said: Json = {"status": "failed" if report.is_success is False else "completed", "result": report.result}
     said |= {"tokens": report.tokens, "used_tools": report.used_tools, "duration": report.duration}
     return restated(found, Update.model_validate({name: one for name, one in said.items() if one is not None}), actor)

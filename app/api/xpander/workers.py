@@ -189,7 +189,8 @@ class Dispatch(Response):
                 return await self._claims.give_back(claimed, f"worker:{self._worker.id}")
             for one in claimed:
                 self._hold(one, waiter)
-                silent_at = await say(encode(Frame(event="agent-execution", data=task_body(one.found))))
+                task = task_body(one.found) | await self._store.hidden(one.found)
+                silent_at = await say(encode(Frame(event="agent-execution", data=task)))
             waiter.full = self._room() <= 0
             if claimed and not waiter.full:
                 continue
