@@ -70,11 +70,15 @@ async def update(request: Request) -> Response:
     store, who, found = await task_of(request)
     asked = await body_of(request, Update)
     if asked.status == "completed" and found.output_schema and not found.terminal:
-        # What has to fit and does not is a failure, as of every other worker; refused, the worker would never say it again.
-        if why := await asyncio.to_thread(misfit, found.output_schema, asked.result or found.result):
-            asked = asked.model_copy(update={"status": "failed", "result": why})
+        asked = await _fitted(found, asked)
     found = await _restate(store, who, found, lambda task: restated(task, asked, actor(who)))
     return reply(await whole(store, found))
+
+
+async def _fitted(found: Task, asked: Update) -> Update:
+    """An end whose result does not fit is a failure, as of every other worker: refused, it would never be said again."""
+    why = await asyncio.to_thread(misfit, found.output_schema, asked.result or found.result)
+    return asked.model_copy(update={"status": "failed", "result": why}) if why else asked
 
 
 async def _restate(store: Store, who: Identity, found: Task, state: Callable[[Task], events.Restated | None]) -> Task:
