@@ -125,7 +125,9 @@ class Audience:
         return offered
 
     def gather(self, member: Member, reader: TaskReader) -> Crowd | None:
-        """The crowd that it has joined, if one stands where its live reader does."""
+        """The crowd that it has joined, if there is one for its live reader."""
+        if reader.folds:  # the state goes from entry to entry with the reader
+            return None
         crowd = self.crowds.get(member.spelling)
         if crowd is None:
             crowd = self.crowds[member.spelling] = Crowd(self, member, reader)

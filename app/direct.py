@@ -100,8 +100,8 @@ class Direct:
         data, frames = one.spelled.get(self.spelling) or self.spelling.live(one)
         if frames:
             self._put(data, frames)
-        if isinstance(reader := self.reader, TaskReader) and not reader.folds and not self._unsent():
-            self._crowd = self._hub.gather(self, reader)
+        if isinstance(self.reader, TaskReader) and not self._unsent():
+            self._crowd = self._hub.gather(self, self.reader)
             self._written -= self._crowd.written if self._crowd else 0
 
     def give(self, items: Sequence[Item]) -> None:

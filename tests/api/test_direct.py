@@ -237,6 +237,9 @@ async def test_readers_who_have_caught_up_go_on_together(store: Store, settings:
             counted = before[0] + 4, before[1] + 4 * len(chunk)
             assert (streams_of(server).frames, streams_of(server).bytes) == counted
         await wait_until(lambda: len(streams_of(server).open) == 3, "one has left")
+        (crowd,) = together(server)
+        assert crowd
+        assert len(crowd._readers) == 3
         readers.append((await stack.enter_async_context(raw(server, task)))[0])
         await readers[-1].readuntil(b'"delta":"together"')
         await attempt.write("more")
@@ -245,6 +248,8 @@ async def test_readers_who_have_caught_up_go_on_together(store: Store, settings:
             body = await reader.read()
             assert body.count(b'"delta":"more"') == body.count(b"data: [DONE]") == 1
             assert b'"delta":"together"' not in body
+        await wait_until(lambda: store.hub.subscribers == 0, "all have left")
+        assert not any(tail._audiences for tail in store.hub._tails.values())
 
 
 async def test_who_goes_with_others_gets_a_heartbeat_after_silence_only(store: Store, settings: Settings) -> None:
@@ -253,13 +258,15 @@ async def test_who_goes_with_others_gets_a_heartbeat_after_silence_only(store: S
         (stream,) = streams_of(server).open
         assert isinstance(stream, Direct)
         await wait_until(lambda: stream.reader.live, "it is live")
-        for word in ("a", "b", "c"):
-            await attempt.write(word)
-            await reader.readuntil(b'"delta":"%s"' % word.encode())
+        for word in (b"a", b"b", b"c"):
+            await attempt.write(word.decode())
+            assert b": ping" not in await reader.readuntil(b'"delta":"%s"' % word)
             assert stream._crowd
             stream.visit(150)
-        stream.visit(150)
-        assert (await reader.readuntil(b": ping\n")).count(b"\n\n") == 1  # the end of the last frame's
+        for then in (stream.part, lambda: stream.visit(150)):  # alone, too; and after its own heartbeat
+            then()
+            stream.visit(150)
+            await reader.readuntil(b": ping\n")
 
 
 @production

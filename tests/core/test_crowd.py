@@ -161,6 +161,8 @@ def test_whoever_parts_joins_and_falls_behind_nothing_is_lost_or_doubled(ops: li
                 follower.fills = not follower.fills
             case "break":
                 scene.audience.lost()
+                assert not any(one.reader.live for one in scene.followers)
+                assert not scene.audience.crowds
             case _:
                 scene.followers.append(Follower(scene, scene.spelling))
     scene.say()
@@ -208,6 +210,16 @@ def test_who_stands_elsewhere_does_not_join() -> None:
     late.reader.number = 2
     assert scene.audience.gather(late, late.reader) is None
     assert late.reader in scene.audience.alone
+
+
+def test_who_folds_goes_alone() -> None:
+    scene = Scene()
+    scene.together()
+    late = Follower(scene, scene.spelling)
+    late.reader = TaskReader("o", "t0", "", folded_from=1)
+    late.reader.number = scene.followers[0].reader.number
+    assert late.reader.folds
+    assert scene.audience.gather(late, late.reader) is None
 
 
 def test_an_entry_that_cannot_be_spelled_fails_all() -> None:
