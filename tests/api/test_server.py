@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 import resource
@@ -53,7 +54,8 @@ async def test_an_unknown_path_is_json(running: Served) -> None:
     for path in ("/nowhere", "/api/v1/schedules", "/v1/chat/completions", "/api/v1/tasks/x/stream/"):
         answer = await running.client.get(path)
         assert answer.status_code == 404
-        assert answer.json() == {"error": f"Not found: {path}"}
+        word = "detail" if path.startswith("/v1/") else "error"
+        assert answer.json() == {word: f"Not found: {path}"}
 
 
 async def test_a_wrong_method_is_json_and_names_the_right_ones(running: Served) -> None:
@@ -151,10 +153,14 @@ def test_every_error_has_an_answer() -> None:
     def leaves(kind: type[errors.TaskcastError]) -> list[type[errors.TaskcastError]]:
         return [kind, *(leaf for sub in kind.__subclasses__() for leaf in leaves(sub))]
 
-    for kind in leaves(errors.TaskcastError):
-        answer = respond(kind("why"))
+    # A dialect's own are made by it alone.
+    kinds = [kind for kind in leaves(errors.TaskcastError) if kind.__module__ == errors.__name__]
+    for kind, (path, word) in itertools.product(
+        kinds, {"/": "error", "/worker/v1/x": "error", "/v1/x": "detail"}.items()
+    ):
+        answer = respond(kind("why"), path)
         assert 400 <= answer.status_code < 600
-        assert json.loads(bytes(answer.body))["error"]
+        assert json.loads(bytes(answer.body))[word]
 
 
 async def test_a_stale_refusal_is_counted(store: Store, running: Served, monkeypatch: pytest.MonkeyPatch) -> None:
