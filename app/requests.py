@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive
 
 from app import metrics
 from app.errors import Invalid, TooLarge
@@ -102,7 +103,7 @@ async def changed(request: Request, task: str, after: str, seconds: float, until
     visitor = Visitor(lambda: None)
     with streams.holding(visitor, who.key):
         following = asyncio.create_task(_change(store, who.org, task, after, until), name="wait")
-        hearing = asyncio.create_task(_hear(request), name="hear")
+        hearing = asyncio.create_task(left(request.receive), name="hear")
         try:
             await asyncio.wait(
                 (following, hearing, visitor.leaving), timeout=seconds, return_when=asyncio.FIRST_COMPLETED
@@ -129,7 +130,7 @@ async def _change(store: Store, org: str, task: str, after: str, until: Until) -
                 return
 
 
-async def _hear(request: Request) -> None:
-    """Throws away what the client says (it is bounded below), and returns when it leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
+async def left(receive: Receive) -> None:
+    """Returns when the client leaves; what it says until then is thrown away (it is bounded below)."""
+    while (await receive())["type"] != "http.disconnect":
         pass

@@ -23,7 +23,6 @@ file is long because a call's fields, bounds and answer stand beside each other:
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -34,13 +33,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import errors, events, log, metrics
-from app.answers import plain
+from app.answers import clock, plain
 from app.claims import Claims
 from app.errors import Forbidden, Invalid, NotFound, OutOfOrder, Stale, TaskcastError
 from app.events import FINAL_OUTPUT, AnyEvent, Json
 from app.identity import Identity, worker
 from app.log import PAGE_ENTRIES, Appended
 from app.queues import Claimed, again
+from app.requests import left, reply, store_of
 from app.schema import misfit
 from app.store import Store
 from app.streams import WAITS, Streams, Visitor
@@ -216,10 +216,6 @@ def _usage(used: Used | None) -> events.Usage | None:
 # What an answer says
 
 
-def reply(body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
-
-
 def told(status: str, *, ours: bool = True) -> Json:
     """`ours`: the attempt that asks is the task's present one."""
     over = not ours or status not in LEASED
@@ -254,10 +250,7 @@ def task_body(task: Task) -> Json:
 
 
 def _clock(micros: int) -> str | None:
-    if not micros:
-        return None
-    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=micros)
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return clock(micros) if micros else None
 
 
 def error_body(error: TaskcastError) -> tuple[int, Json]:
@@ -272,11 +265,6 @@ def error_body(error: TaskcastError) -> tuple[int, Json]:
 
 
 # Whose task it is
-
-
-def store_of(request: Request) -> Store:
-    store: Store = request.app.state.store
-    return store
 
 
 def streams_of(request: Request) -> Streams:
@@ -338,7 +326,7 @@ async def claim(request: Request) -> Response:
         )
 
     claimed: list[Claimed] | None = None
-    hearing = asyncio.create_task(_hear(request), name="hear")
+    hearing = asyncio.create_task(left(request.receive), name="hear")
     try:
         if not streams.closing:
             await _present(hearing)
@@ -400,12 +388,6 @@ async def _wait(
                 waking.cancel()
     metrics.STREAMS_ABORTED.labels("draining").inc()
     return None
-
-
-async def _hear(request: Request) -> None:
-    """Returns when the client leaves; the body has been read."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _present(hearing: asyncio.Task[None]) -> None:

@@ -37,7 +37,7 @@ from app.events import Json
 from app.frames import PING, Frame, encode
 from app.queues import Claimed
 from app.registrations import Registration
-from app.requests import reply, store_of
+from app.requests import left, reply, store_of
 from app.sse import HEADERS
 from app.store import Store
 from app.streams import Streams, Visitor, store_away, unstalled, wire_of
@@ -146,7 +146,7 @@ class Dispatch(Response):
     async def _serve(self, waiter: Waiter, visitor: Visitor, receive: Receive, send: Send) -> None:
         told = {"worker": self._worker.id, "org": self._worker.org, "agent": self._agent.id}
         logger.info("worker.registered", **told)
-        hearing = asyncio.create_task(_left(receive), name="hear")
+        hearing = asyncio.create_task(left(receive), name="hear")
         keeping = asyncio.create_task(self._keep(waiter), name="keep")
         ends: tuple[asyncio.Future[Any], ...] = (hearing, keeping, visitor.leaving)
         reason = "failed"
@@ -287,12 +287,6 @@ def deployed(worker: Registration, agent: Agent) -> Json:
         "is_busy": False,
         "metadata": {"name": agent.name, "unique_name": agent.id},
     }
-
-
-async def _left(receive: Receive) -> None:
-    """Returns when the client leaves."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 routes = [
