@@ -297,7 +297,11 @@ class Queues:
         )
         reached: list[str] = []
         for tag in self.partitions.tags:
-            for child in await self.door.read("ZRANGE", keys.index(tag, org, "parent", id_), 0, -1):
+            index = keys.index(tag, org, "parent", id_)
+            children = await self.door.read("ZRANGE", index, 0, -1)
+            if deleted and (again := await self._made(org, id_)):  # those of a new task of the same id are not meant
+                children = await self.door.read("ZRANGEBYSCORE", index, "-inf", f"({again}")
+            for child in children:
                 with suppress(Conflict, NotFound):
                     await self.log.append(org, child.decode(), cancelled, operation=f"with:{id_}:{seq}")
                     reached.append(keys.member(org, child.decode()))
@@ -306,6 +310,11 @@ class Queues:
                         await self.log.delete(org, child.decode(), actor="taskcast", children=True)
                         reached.append(keys.member(org, child.decode()))
         return reached
+
+    async def _made(self, org: str, id_: str) -> str:
+        """When the task was, µs; empty: there is none."""
+        at = await self.door.read("HGET", keys.key(self.partitions.tag(org, id_), "task", org, id_), "created_at")
+        return at.decode() if at else ""
 
     async def running(self) -> int:
         """How many tasks workers hold."""

@@ -12,16 +12,14 @@ At worst `misfit` takes a few seconds of one core: where others wait for the thr
 
 import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 from jsonschema import Draft202012Validator, FormatChecker, SchemaError, ValidationError
 from jsonschema.exceptions import best_match
 from jsonschema.validators import extend
-from pydantic import StringConstraints, TypeAdapter
-from pydantic import ValidationError as Mismatch
 from pydantic_core import SchemaError as UnknownPattern
+from pydantic_core import SchemaValidator, core_schema
 from referencing import Registry
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
@@ -162,6 +160,7 @@ class _Steps:
     def __init__(self, count: int) -> None:
         self._left = count
         self._nodes: dict[int, int] = {}
+        self._engines: dict[str, tuple[SchemaValidator | None, int]] = {}
 
     def take(self, count: int) -> None:
         self._left -= count
@@ -177,39 +176,56 @@ class _Steps:
             known = self._nodes[id(value)] = 1 + sum(map(self.nodes, inner))
         return known
 
+    def matches(self, pattern: str, text: str) -> bool | None:
+        """Whether it is found in the text; None: this pattern is left unchecked."""
+        if pattern not in self._engines:
+            states = _states(pattern)
+            small = states <= STATES_MAX
+            self.take(50 + 10 * states if small else 50)
+            self._engines[pattern] = _engine(pattern) if small else None, states
+        engine, states = self._engines[pattern]
+        if engine is None:
+            self.take(1)
+            return None
+        self.take(1 + states * len(text) // 500)  # what the engine takes at worst
+        return engine.isinstance_python(text)
+
 
 def _misfit(root: Json, value: Any, count: int) -> ValidationError | None:
     """What is wrong with it, if anything. Raises _TooMuch, RecursionError, OverflowError."""
     steps = _Steps(count)
 
     def counted(word: str, keyword: Keyword) -> Keyword:
-        compares = word in {"enum", "const", "uniqueItems"}
+        def cost(said: Any, instance: Any) -> int:
+            if word == "uniqueItems":
+                return steps.nodes(instance)
+            return steps.nodes(said) // 4 if word in {"enum", "const"} else 0
 
         def checked(validator: Any, said: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
-            steps.take(1 + (steps.nodes(instance if word == "uniqueItems" else said) // 4 if compares else 0))
+            steps.take(1 + cost(said, instance))
             for error in keyword(validator, said, instance, schema) or ():
                 # It holds the whole instance as text, and as many errors as there are branches are kept.
-                steps.take(1 + len(error.message) // 1000)
+                steps.take(4 + len(error.message) // 1000)
                 error.message = _short(error.message)
                 yield error
 
         return checked
 
     def pattern(_: Any, said: str, instance: Any, __: Any) -> Iterator[ValidationError]:
-        if isinstance(instance, str) and _matches(said, instance, steps) is False:
+        if isinstance(instance, str) and steps.matches(said, instance) is False:
             yield ValidationError(f"{instance!r} does not match {said!r}")
 
     def pattern_properties(validator: Any, said: Json, instance: Any, _: Any) -> Iterator[ValidationError]:
         for name, inner in instance.items() if isinstance(instance, dict) else ():
             for regex, schema in said.items():
-                if _matches(regex, name, steps):
+                if steps.matches(regex, name):
                     yield from validator.descend(inner, schema, path=name, schema_path=regex)
 
     def additional_properties(validator: Any, said: Any, instance: Any, schema: Json) -> Iterator[ValidationError]:
         named, regexes = schema.get("properties", {}), schema.get("patternProperties", {})
         for name, inner in instance.items() if isinstance(instance, dict) else ():
             # What may match a pattern that is left unchecked is not additional.
-            if name not in named and all(_matches(regex, name, steps) is False for regex in regexes):
+            if name not in named and all(steps.matches(regex, name) is False for regex in regexes):
                 if said is False:
                     yield ValidationError(f"Additional properties are not allowed ({name!r} was unexpected)")
                 else:
@@ -249,25 +265,10 @@ def _frozen(value: Any) -> Any:
 # Patterns
 
 
-def _matches(pattern: str, text: str, steps: _Steps) -> bool | None:
-    """Whether it is found in the text; None: this pattern is left unchecked."""
-    states = _states(pattern)
-    if states > STATES_MAX or (engine := _engine(pattern)) is None:
-        steps.take(1)
-        return None
-    steps.take(1 + states * len(text) // 500)  # what the engine takes at worst
-    try:
-        engine.validate_python(text)
-    except Mismatch:
-        return False
-    return True
-
-
-@lru_cache(256)
-def _engine(pattern: str) -> TypeAdapter[str] | None:
+def _engine(pattern: str) -> SchemaValidator | None:
     """Pydantic's, which is Rust's `regex`: linear in the text. None: not one of its patterns."""
     try:
-        return TypeAdapter(Annotated[str, StringConstraints(pattern=pattern)])
+        return SchemaValidator(core_schema.str_schema(pattern=pattern, regex_engine="rust-regex"))
     except UnknownPattern:
         return None
 

@@ -284,7 +284,7 @@ class Snapshots:
         if stored.text != folded.text:
             return [Difference(id_, "its text differs from its events")]
         thread = [item async for item in self._thread(tag, org, id_)]
-        size = sum(len(item.split(b" ", 2)[2]) for item in thread)
+        size = sum(len(item.split(b" ", 2)[-1]) for item in thread)
         if thread[len(thread) - len(said) :] != said or size != int(folded.fields.get("thread_size", "0")):
             return [Difference(id_, "its conversation differs from its events")]
         return []
@@ -333,8 +333,9 @@ class Snapshots:
                 if folded.text:
                     await self.door.call("SET", text, folded.text)
                 # What was said before the retained events stands in the conversation alone.
-                first = int(said[0].split(b" ")[0]) if said else int(folded.fields["last_seq"]) + 1
-                kept = [item async for item in self._thread(tag, org, id_) if int(item.split(b" ")[0]) < first]
+                base = await self.snapshot(org, id_, base=True) or EMPTY
+                trimmed = int(base.fields.get("last_seq", "0"))
+                kept = [item async for item in self._thread(tag, org, id_) if 0 < _number(item) <= trimmed]
                 await self._write(keys.key(tag, "thread", org, id_), "RPUSH", [*kept, *said])
                 expected.add(tag, org, folded)
                 count += 1
@@ -585,6 +586,12 @@ class Expected:
             keys.key(tag, "due"): self._due,
             keys.key(tag, "ended"): self._ended,
         }
+
+
+def _number(item: bytes) -> int:
+    """Of a thread's item; 0: it is none."""
+    seq, *rest = item.split(b" ", 2)
+    return int(seq) if seq.isdigit() and len(rest) == 2 else 0
 
 
 def _fields(raw: Any) -> dict[str, str]:

@@ -3,8 +3,10 @@
 import asyncio
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,10 +17,11 @@ from hypothesis import strategies as st
 from app import events, keys
 from app.embedded import Embedded
 from app.errors import Conflict, TooLarge
-from app.events import AnyEvent, Submission, Usage
+from app.events import AnyEvent, Entry, Submission, Usage
+from app.log import Message
 from app.settings import Settings
 from app.store import Store, open_store
-from app.task import EMPTY, STORED, TERMINAL, apply
+from app.task import EMPTY, STORED, TERMINAL, Snapshot, apply
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 AGENT = st.sampled_from(["", "a", "b", "final_output"])
@@ -34,7 +37,18 @@ EVENTS: st.SearchStrategy[AnyEvent] = st.one_of(
     st.builds(events.TextDelta, text=TEXT, agent=AGENT),
     st.builds(events.TextDelta, text=TEXT, agent=AGENT),
     st.builds(events.TextCompleted, text=TEXT, agent=AGENT, usage=USAGE),
-    st.builds(events.Continued, query=TEXT, title=TEXT, submission=TEXT, deadline_seconds=st.sampled_from([0, 60.5])),
+    st.builds(
+        events.Continued,
+        query=TEXT,
+        title=TEXT,
+        submission=TEXT,
+        deadline_seconds=st.sampled_from([0, 60.5]),
+        queue=st.sampled_from(["", "", "another"]),
+        llm_provider=TEXT,
+        llm_model=TEXT,
+        llm_effort=TEXT,
+        output_schema=st.sampled_from([{}, {"type": "object"}]),
+    ),
     st.builds(events.Retried, deadline_seconds=st.sampled_from([0, 60.5])),
     st.builds(events.Started, worker=TEXT),
     st.builds(events.Started, worker=TEXT),
@@ -48,7 +62,7 @@ EVENTS: st.SearchStrategy[AnyEvent] = st.one_of(
     st.builds(events.ReviewRequested, plan=TEXT, version=st.just(1), round=st.integers(1, 3)),
     st.builds(events.Reviewed, version=st.sampled_from([1, 1, 2]), approved=st.booleans()),
     st.builds(events.Completed, result=TEXT, usage=USAGE),
-    st.builds(events.Failed, error=TEXT),
+    st.builds(events.Failed, error=TEXT, usage=USAGE),
     st.builds(events.Errored, error=TEXT),
     st.builds(events.Cancelled, reason=TEXT, actor=TEXT),
     st.builds(events.TimedOut),
@@ -56,11 +70,17 @@ EVENTS: st.SearchStrategy[AnyEvent] = st.one_of(
         events.Restated,
         to=st.sampled_from(["", *(status.value for status in STORED)]),
         result=st.none() | TEXT,
+        result_type=st.sampled_from(["", "json"]),
+        title=st.none() | TEXT,
         internal_status=st.none() | TEXT,
+        stated=st.none() | st.dictionaries(TEXT, st.integers(), max_size=2),
+        version=st.integers(0, 3),
+        usage=USAGE,
     ),
     st.builds(events.Progressed, fraction=st.floats(0, 1)),
     st.builds(events.Noted, name=st.just("WAITING"), message=TEXT),
     st.just(events.ChildSubmitted(task=Submission(id="c", org="o", query="?", submission="c"))),
+    st.builds(events.ToolCalled, tool=TEXT, params=st.dictionaries(TEXT, TEXT, max_size=2)),
     st.builds(events.ToolReturned, tool=TEXT, output=st.none() | TEXT),
 )
 NUMBER = count()
@@ -78,25 +98,50 @@ def url() -> Iterator[str]:
         runner.close()
 
 
-async def play(store: Store, id_: str, said: list[AnyEvent], *, ttl: float, deadline: float, attempts: int) -> int:
-    """Appends what is legal; answers how many entries there are."""
+def in_thread(entry: Entry, before: Snapshot) -> bool:
+    """Whether it belongs to the conversation: what is asked, each tool's call and answer, each result, and what an
+    owner states of an ended task.
+    """
+    match entry.event:
+        case events.Restated(to=to, result=result):
+            ended = before.status in TERMINAL
+            return bool(to) and (ended or (to in TERMINAL and bool(result)))
+        case events.Submitted() | events.Continued() | events.Completed() | events.ToolCalled() | events.ToolReturned():
+            return True
+        case _:
+            return False
+
+
+async def heard(store: Store, id_: str, entries: list[Entry]) -> list[Entry]:
+    """Adds what the task's stream has got since the last of them, before any of it is trimmed."""
+    page = await store.events("o", id_, entries[-1].id if entries else "")
+    assert page is not None
+    assert not page.gap
+    return [*entries, *page.entries]
+
+
+async def play(
+    store: Store, id_: str, said: list[AnyEvent], *, ttl: float, deadline: float, attempts: int
+) -> list[Entry]:
+    """Appends what is legal; answers all entries that there ever were."""
     task = Submission(id=id_, org="o", owner="u", session="s", query="?", submission=id_, queue=id_)
     await store.submit(msgspec.structs.replace(task, ttl_seconds=ttl, deadline_seconds=deadline))
-    entries = 1
+    entries = await heard(store, id_, [])
     for event in said:
+        entries = await heard(store, id_, entries)
         if isinstance(event, events.ChildSubmitted):
-            name = f"{id_}.{entries}"
+            name = f"{id_}.{len(entries)}"
             below = msgspec.structs.replace(event.task, id=name, parent=id_, submission=name)
             event = events.ChildSubmitted(task=below)  # noqa: PLW2901 (a child knows its parent)
         if isinstance(event, events.Started):
-            entries += len(await store.claim({id_: attempts}, "w", 1))
+            found = await store.get("o", id_)
+            assert found is not None
+            for one in await store.claim({found.queue: attempts}, "w", 1):
+                assert one.task == id_
             continue
-        try:
-            appended = await store.append("o", id_, event)
-        except (Conflict, TooLarge):
-            continue
-        entries += not appended.duplicate
-    return entries
+        with suppress(Conflict, TooLarge):
+            await store.append("o", id_, event)
+    return await heard(store, id_, entries)
 
 
 @hypothesis_settings(
@@ -124,7 +169,8 @@ def test_the_snapshot_is_the_fold(
                 page = await store.events("o", id_, base.fields["last_event_id"])
                 assert page is not None
             first = page.base_seq + 1
-            assert [entry.seq for entry in page.entries] == list(range(first, entries + 1))
+            assert page.entries == entries[first - 1 :]
+            assert [entry.seq for entry in entries] == list(range(1, page.last_seq + 1))
             assert page.last_seq - page.base_seq <= 2 * mark
             folded = base or EMPTY
             for entry in page.entries:
@@ -134,6 +180,19 @@ def test_the_snapshot_is_the_fold(
             task = await store.get("o", id_)
             assert task is not None
             assert (task.status in TERMINAL) == (page.status in TERMINAL)
+            states = [EMPTY]
+            for entry in entries:
+                states.append(apply(states[-1], entry))
+            assert states[-1] == stored
+            thread = [
+                Message(entry.seq, entry.at, entry.event)
+                for before, entry in zip(states, entries, strict=False)
+                if in_thread(entry, before)
+            ]
+            assert await store.thread("o", id_) == thread
+            assert task.thread_size == sum(entries[one.seq - 1].size for one in thread)
+            turns = [entry.seq for entry in entries if isinstance(entry.event, events.Continued)]
+            assert (task.turn, task.turn_seq) == (1 + len(turns), max(turns, default=0))
             # One task per example: what an earlier one left is not this one's fault.
             assert [difference async for difference in store.snapshots.verify()] == []
             below = (await store.list("o", [("parent", id_)], limit=100)).tasks
@@ -142,6 +201,102 @@ def test_the_snapshot_is_the_fold(
                 await store.delete("o", one.id)
 
     asyncio.run(example())
+
+
+TALK: list[AnyEvent] = [
+    events.ToolCalled(tool="search", params={"q": "?"}),
+    events.ToolReturned(tool="search", output="!"),
+    events.Completed(result="a"),
+]
+
+
+async def talk(store: Store, id_: str, turns: int) -> None:
+    """A task of so many turns, each of five entries, of which four belong to the conversation."""
+    await store.submit(Submission(id=id_, org="o", query="turn 1", submission=id_))
+    for turn in range(1, turns + 1):
+        if turn > 1:
+            await store.append("o", id_, events.Continued(query=f"turn {turn}", submission=f"{id_}.{turn}"))
+        await store.claim(["default"], "w", 1)
+        for event in TALK:
+            await store.append("o", id_, event)
+
+
+async def differences(store: Store) -> list[str]:
+    return [difference.what async for difference in store.snapshots.verify()]
+
+
+async def test_a_trimmed_task_keeps_its_whole_conversation_and_rebuild_keeps_it_too(settings: Settings) -> None:
+    async with open_store(settings.model_copy(update={"events_per_mark": 10})) as store:
+        await talk(store, "t", 60)
+        page = await store.events("o", "t", "")
+        assert page is not None
+        assert page.gap == "trimmed"
+        assert page.base_seq > 250
+        thread = await store.thread("o", "t")
+        assert len(thread) == 4 * 60
+        asked = [one.event for one in thread if isinstance(one.event, events.Continued)]
+        assert [event.query for event in asked] == [f"turn {turn}" for turn in range(2, 61)]
+        assert await differences(store) == []
+        assert await store.snapshots.rebuild() == (1, [])
+        assert await store.thread("o", "t") == thread
+        assert await differences(store) == []
+
+
+DAMAGES: dict[str, list[tuple[Any, ...]]] = {
+    "gone": [("DEL",)],
+    "its last item gone": [("RPOP",)],
+    "an item too many": [("RPUSH", b"99 1 {}")],
+    "no item at all": [("RPUSH", b"rubbish")],
+    "another text": [("LSET", -1, b'4 1 {"type":"completed"}')],
+    "out of order": [("RPOPLPUSH", "")],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+async def test_a_damaged_conversation_is_found_and_mended(store: Store, damage: str) -> None:
+    await talk(store, "t", 3)
+    (tag,) = store.partitions.tags
+    name = keys.key(tag, "thread", "o", "t")
+    before = await store.thread("o", "t")
+    for command, *words in DAMAGES[damage]:
+        await store.door.call(command, name, *(word or name for word in words))
+    assert await differences(store) == ["its conversation differs from its events"]
+    assert await store.snapshots.rebuild() == (1, [])
+    assert await store.thread("o", "t") == before
+    assert await differences(store) == []
+
+
+async def test_what_is_lost_of_a_trimmed_conversation_stays_told(settings: Settings) -> None:
+    """It stands nowhere else; what can be told still is."""
+    async with open_store(settings.model_copy(update={"events_per_mark": 10})) as store:
+        await talk(store, "t", 10)
+        (tag,) = store.partitions.tags
+        await store.door.call("LPOP", keys.key(tag, "thread", "o", "t"))
+        await store.door.call("LSET", keys.key(tag, "thread", "o", "t"), 0, b"rubbish")
+        assert await differences(store) == ["its conversation differs from its events"]
+        assert await store.snapshots.rebuild() == (1, [])
+        assert len(await store.thread("o", "t")) == 38
+        assert await differences(store) == ["its conversation differs from its events"]
+
+
+async def test_a_conversation_of_no_task_is_found(store: Store) -> None:
+    await talk(store, "t", 1)
+    (tag,) = store.partitions.tags
+    name = keys.key(tag, "thread", "o", "nobody")
+    await store.door.call("RPUSH", name, b"1 1 {}")
+    assert await differences(store) == ["belongs to no task"]
+
+
+async def test_a_new_task_of_a_deleted_ones_id_begins_another_conversation(store: Store) -> None:
+    await talk(store, "t", 2)
+    await store.delete("o", "t")
+    assert await store.thread("o", "t") == []
+    await store.submit(Submission(id="t", org="o", query="again", submission="again"))
+    (first,) = await store.thread("o", "t")
+    assert isinstance(first.event, events.Submitted)
+    assert await differences(store) == []
+    await store.snapshots.rebuild()
+    assert await store.thread("o", "t") == [first]
 
 
 async def test_indexes_queues_and_totals_agree_with_the_log_and_rebuild_changes_nothing(store: Store) -> None:
@@ -176,6 +331,8 @@ async def dump(store: Store) -> dict[str, object]:
                 content[name] = await store.door.read("HGETALL", name)
             case "text":
                 content[name] = await store.door.read("GET", name)
+            case "thread":
+                content[name] = await store.door.read("LRANGE", name, 0, -1)
             case "index" | "sessions" | "ready" | "ready-of" | "due" | "ended":
                 content[name] = await store.door.read("ZRANGE", name, 0, -1, "WITHSCORES")
             case "leases":

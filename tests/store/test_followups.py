@@ -1,6 +1,7 @@
 """Follow-ups: what an event asks for in other tasks happens once, in order, whoever crashes in between."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -430,3 +431,114 @@ async def test_the_children_of_a_retried_task_stay_as_they_ended(store: Store) -
     assert await status(store, "d") == "cancelled"
     with pytest.raises(Conflict):
         await store.append("o", "p", events.ChildSubmitted(task=submission("e", "p")))
+
+
+async def test_a_deletion_takes_all_below_with_it_over_generations_and_partitions(stores: tuple[Store, Store]) -> None:
+    store, _ = stores
+    below = await family(store)
+    await child(store, "deep", "g0")
+    await store.append("o", "c1", events.PauseAsked())
+    await store.append("o", "g2", events.Completed(result="done"))
+    await store.submit(submission("other", session="s"))
+    running = await store.claim(["default"], "w", 3)
+    await store.delete("o", "p", actor="user:u", children=True)
+    assert {await status(store, id_) for id_ in ["p", *below, "deep"]} == {"gone"}
+    assert set((await store.renew([one for one in running if one.task != "other"])).values()) == {""}
+    assert await status(store, "other") in {"queued", "running"}
+    assert await pending(store) == 0
+    assert await store.snapshots.count() == 1
+    assert await clean(store)
+
+
+async def test_a_deletion_leaves_the_sub_tasks_unless_it_says_otherwise(stores: tuple[Store, Store]) -> None:
+    store, _ = stores
+    below = await family(store)
+    await store.delete("o", "p")
+    await store.queues.tick()
+    assert {await status(store, id_) for id_ in below} == {"queued"}
+    assert await clean(store)
+
+
+async def test_a_sub_task_is_cancelled_before_it_is_deleted_so_that_its_worker_hears_why(store: Store) -> None:
+    await store.submit(submission("p"))
+    await child(store, "c", "p")
+    await store.claim(["default"], "w", 2)
+    (tag,) = store.partitions.tags
+    last, _ = await store.log.end(tag)
+    await store.delete("o", "p", children=True)
+    raw = await store.door.read("XRANGE", keys.key(tag, "log"), f"({last}", "+")
+    heard = [log.Logged(*item) for item in raw]
+    assert [(one.task, one.head.type) for one in heard] == [("p", "deleted"), ("c", "cancelled"), ("c", "deleted")]
+
+
+async def test_a_deletion_that_crashed_goes_on_where_another_process_finds_it(stores: tuple[Store, Store]) -> None:
+    crashed, other = stores
+    below = await family(crashed)
+    await crashed.log.delete("o", "p", children=True)
+    assert {await status(other, id_) for id_ in below} == {"queued"}
+    assert await clean(other)
+    await other.snapshots.rebuild()  # leaves what is still to be done
+    await other.queues.tick()
+    assert {await status(other, id_) for id_ in below} == {"gone"}
+    assert await pending(other) == 0
+    assert await clean(other)
+
+
+@pytest.mark.parametrize("lost", range(1, 8))
+async def test_a_deletion_whose_store_goes_away_in_the_middle_is_finished(
+    stores: tuple[Store, Store], monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """Before, or after, any one of its steps: what was done, and not noted as done, is asked for again."""
+    store, other = stores
+    below = await family(store)
+    calls = 0
+
+    def failing(step: Any) -> Any:
+        async def call(*args: Any, **more: Any) -> Appended:
+            nonlocal calls
+            calls += 1
+            if calls == lost and lost % 2:
+                raise Unavailable("away")
+            appended: Appended = await step(*args, **more)
+            if calls == lost:
+                raise Unavailable("the answer is lost")
+            return appended
+
+        return call
+
+    delete = store.log.delete
+    monkeypatch.setattr(store.log, "append", failing(store.log.append))
+    monkeypatch.setattr(store.queues.log, "delete", failing(delete))
+    await delete("o", "p", children=True)
+    with contextlib.suppress(Unavailable):
+        await store.queues.follow_up("o", "p")
+    assert calls >= lost
+    await other.queues.tick()
+    assert {await status(other, id_) for id_ in below} == {"gone"}
+    assert await pending(other) == 0
+    assert await clean(other)
+
+
+async def test_a_child_that_was_asked_for_before_the_deletion_is_made_and_deleted(store: Store) -> None:
+    await store.submit(submission("p"))
+    await store.log.append("o", "p", events.ChildSubmitted(task=submission("c", "p")))
+    await store.log.delete("o", "p", children=True)
+    await store.queues.tick()
+    assert (await status(store, "c"), await pending(store)) == ("gone", 0)
+
+
+async def test_a_late_deletion_spares_the_sub_tasks_of_a_new_task_of_the_same_id(stores: tuple[Store, Store]) -> None:
+    crashed, other = stores
+    await crashed.submit(submission("p"))
+    for i in range(5):
+        await child(crashed, f"c{i}", "p")
+    await crashed.log.delete("o", "p", children=True)
+    # It comes back before anybody has deleted its old sub-tasks, and makes new ones.
+    await crashed.submit(submission("p", submission="again"))
+    for i in range(5):
+        await crashed.log.append("o", "p", events.ChildSubmitted(task=submission(f"d{i}", "p")))
+        await crashed.log.submit(submission(f"d{i}", "p"))
+    await other.queues.tick()
+    assert {await status(other, f"c{i}") for i in range(5)} == {"gone"}
+    assert {await status(other, id_) for id_ in ["p", *(f"d{i}" for i in range(5))]} == {"queued"}
+    assert await clean(other)
