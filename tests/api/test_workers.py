@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from app import claims, errors, events, metrics
@@ -122,7 +123,15 @@ def never_sweeps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_a_claim_tells_all_that_a_worker_needs(store: Store, worker: Worker) -> None:
     id_ = await submit(
-        store, context={"a": 1}, agent="writer", llm_model="m", deadline_seconds=60, trace="00-ab-cd-01", max_attempts=2
+        store,
+        context={"a": 1},
+        agent="writer",
+        deadline_seconds=60,
+        trace="00-ab-cd-01",
+        max_attempts=2,
+        llm_model="m",
+        llm_effort="high",
+        output_schema={"type": "object"},
     )
     answer = await worker.post("/claim", worker="w1", queues=["other", "default"], slots=5)
     assert answer.status_code == 200
@@ -150,6 +159,10 @@ async def test_a_claim_tells_all_that_a_worker_needs(store: Store, worker: Worke
                 "title": None,
                 "mode": "simple",
                 "turn": 1,
+                "llm_provider": None,
+                "llm_model": "m",
+                "llm_effort": "high",
+                "output_schema": {"type": "object"},
                 "checkpoint": {},
                 "deadline_at": workers._clock(task.deadline_at),
                 "created_at": workers._clock(task.created_at),
@@ -809,6 +822,68 @@ async def test_an_object_is_a_json_result(store: Store, worker: Worker) -> None:
     answer = await worker.end(await worker.one(), "finish", 1, result="x" * (events.RESULT_BYTES_MAX + 1))
     assert answer.status_code == 413
     assert (await now(store, too_large)).status is Status.RUNNING
+
+
+SCHEMA = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+MISFIT = "The result does not fit its output schema at $.n: 'x' is not of type 'integer'"
+NO_JSON = "The result is no JSON, as its output schema asks for."
+
+
+@pytest.mark.parametrize("result", [{"n": 1}, '{"n": 1}'])
+async def test_a_result_that_fits_the_tasks_schema_completes_it(
+    store: Store, worker: Worker, result: str | Json
+) -> None:
+    id_ = await submit(store, output_schema=SCHEMA)
+    task = await worker.one()
+    assert task["output_schema"] == SCHEMA
+    answer = (await worker.end(task, "finish", 1, result=result)).json()
+    assert (answer["status"], "reason" in answer) == ("completed", False)
+    done = await now(store, id_)
+    assert (msgspec.json.decode(done.result), done.result_type) == ({"n": 1}, "json")
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"result": {"n": "x"}}, MISFIT),
+        ({"result": '{"n": "x"}'}, MISFIT),
+        ({"result": "One.", "said": True}, NO_JSON),
+        ({}, NO_JSON),
+    ],
+)
+async def test_a_result_that_does_not_fit_fails_the_task_and_the_answer_says_where(
+    store: Store, worker: Worker, body: Json, reason: str
+) -> None:
+    id_ = await submit(store, output_schema=SCHEMA)
+    task = await worker.one()
+    body = {**body, "usage": {"input_tokens": 3}}
+    first = await worker.end(task, "finish", 1, **body)
+    again = await worker.end(task, "finish", 1, **body)
+    assert (first.status_code, again.status_code) == (200, 200)
+    accepted = 2 if isinstance(body.get("result", ""), str) and not body.get("said") else 1
+    counts = {"accepted": accepted, "duplicates": 0}
+    assert first.json() == {"status": "failed", "last_seq": 2 + accepted, **counts, "reason": reason}
+    assert again.json() == first.json() | {"accepted": 0, "duplicates": accepted}
+    done = await now(store, id_)
+    assert (done.status, done.error, done.input_tokens) == (Status.FAILED, reason, 3)
+    assert [one async for one in store.snapshots.verify()] == []
+
+
+async def test_a_result_that_is_too_large_is_refused_whatever_its_schema(store: Store, worker: Worker) -> None:
+    id_ = await submit(store, output_schema=SCHEMA)
+    answer = await worker.end(await worker.one(), "finish", 1, result="x" * (events.RESULT_BYTES_MAX + 1))
+    assert answer.status_code == 413
+    assert (await now(store, id_)).status is Status.RUNNING
+
+
+async def test_a_late_result_that_does_not_fit_is_stale_as_any_other(store: Store, worker: Worker) -> None:
+    id_ = await submit(store, output_schema=SCHEMA)
+    task = await worker.one()
+    await worker.end(task, "release", 1)
+    answer = await worker.end(task, "finish", 2, result="One.")
+    assert (answer.status_code, answer.json()["fence"]) == (409, "stale")
+    assert "reason" not in answer.json()
+    assert (await now(store, id_)).status is Status.QUEUED
 
 
 async def test_an_end_under_a_number_of_an_earlier_event_is_no_end(store: Store, worker: Worker) -> None:

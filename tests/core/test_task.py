@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from app.errors import Conflict
 from app.events import AnyEvent, Entry, Submission
 from app.task import (
     CANCELLED,
+    COMPLETED,
     CONSTANT,
     EMPTY,
     ERRORED,
@@ -214,6 +216,102 @@ def test_a_new_turn_keeps_the_id_and_forgets_the_last_answer() -> None:
     assert again.created_at == 1000
 
 
+def test_a_new_turn_takes_its_own_particulars_and_no_others() -> None:
+    schema = {"type": "object"}
+    particulars: dict[str, Any] = {
+        "llm_provider": "p",
+        "llm_model": "m",
+        "llm_effort": "high",
+        "title": "One",
+        "context": {"a": 1},
+        "extra": {"b": 2},
+        "output_schema": schema,
+    }
+    first = events.Submitted(task=msgspec.structs.replace(SUBMISSION, **particulars))
+    snapshot = apply(EMPTY, entry(first))
+    found = task(snapshot.fields)
+    assert {name: getattr(found, name) for name in particulars} == particulars
+    stated = events.Restated(stated={"x": 1}, version=1, internal_status="deep")
+    snapshot = apply(apply(snapshot, entry(stated, 2)), entry(events.Completed(result="a"), 3))
+    nothing = task(apply(snapshot, entry(events.Continued(submission="r2"), 4)).fields)
+    assert {name: getattr(nothing, name) for name in particulars} == {
+        name: type(value)() for name, value in particulars.items()
+    }
+    assert (nothing.stated, nothing.stated_version, nothing.internal_status) == ({}, 0, "")
+    assert (nothing.queue, nothing.turn_seq) == ("default", 4)
+    again = events.Continued(submission="r2", queue="other", **particulars)
+    found = task(apply(snapshot, entry(again, 4)).fields)
+    assert {name: getattr(found, name) for name in particulars} == particulars
+    assert found.queue == "other"
+    third = apply(apply(snapshot, entry(again, 4)), entry(events.Completed(result="b"), 5))
+    assert task(apply(third, entry(events.Continued(submission="r3"), 6)).fields).turn_seq == 6
+
+
+CONVERSATION: list[tuple[AnyEvent, Status, str]] = [
+    (SAMPLES["submitted"], NEW, "add"),
+    (SAMPLES["continued"], COMPLETED, "bounded"),
+    (SAMPLES["completed"], RUNNING, "add"),
+    (SAMPLES["tool_called"], RUNNING, "bounded"),
+    (SAMPLES["tool_returned"], PAUSED, "bounded"),
+    (events.Restated(to="completed", result="a"), RUNNING, "add"),
+    (events.Restated(to="failed", result="no"), QUEUED, "add"),
+    (events.Restated(to="completed"), RUNNING, ""),
+    (events.Restated(to="running", result="half"), QUEUED, ""),
+    (events.Restated(result="other"), COMPLETED, ""),
+    (events.Restated(to="completed", result="other"), COMPLETED, "bounded"),
+    (events.Restated(to="held"), COMPLETED, "bounded"),
+    (SAMPLES["failed"], RUNNING, ""),
+    (SAMPLES["retried"], ERRORED, ""),
+    (SAMPLES["text_completed"], RUNNING, ""),
+    (SAMPLES["deleted"], RUNNING, ""),
+]
+
+
+@pytest.mark.parametrize(("event", "before", "thread"), CONVERSATION)
+def test_what_is_asked_called_and_answered_is_the_conversation(event: AnyEvent, before: Status, thread: str) -> None:
+    assert changes(event)[before].thread == thread
+    after = apply(in_status(before, thread_size="1000"), entry(event, 2))
+    if after != EMPTY:
+        size = (0 if before is NEW else 1000) + (entry(event).size if thread else 0)
+        assert task(after.fields).thread_size == size
+
+
+def test_what_an_owner_states_replaces_the_version_before_it_and_no_other() -> None:
+    snapshot = in_status(RUNNING)
+    for version in (1, 2):
+        for wrong in (0, version - 1, version + 1):
+            with pytest.raises(Conflict, match="moved on"):
+                apply(snapshot, entry(events.Restated(stated={}, version=wrong), 2))
+        snapshot = apply(snapshot, entry(events.Restated(stated={"v": version}, version=version), 2))
+        found = task(snapshot.fields)
+        assert (found.stated, found.stated_version) == ({"v": version}, version)
+    kept = apply(snapshot, entry(events.Restated(internal_status="x", version=9), 3))
+    assert task(kept.fields).stated == {"v": 2}
+
+
+@pytest.mark.parametrize("before", STORED)
+@pytest.mark.parametrize("to", ["", "running", "completed", "failed", "cancelled"])
+def test_usage_that_an_owner_states_counts_only_where_it_ends_the_task(before: Status, to: str) -> None:
+    event = events.Restated(to=to, usage=events.Usage(model="m", input_tokens=3))
+    change = changes(event).get(before)
+    if change:
+        ends = before not in TERMINAL and to not in {"", "running"}
+        assert change.spend == ({"input_tokens": 3} if ends else {})
+        assert ("model" in change.set) == ends
+
+
+def test_a_failure_tells_what_it_consumed() -> None:
+    usage = events.Usage(model="m", provider="p", input_tokens=3, cost_nano=5)
+    found = task(apply(in_status(RUNNING), entry(events.Failed(error="no", usage=usage), 2)).fields)
+    assert (found.error, found.input_tokens, found.cost_nano, found.model) == ("no", 3, 5, "m")
+
+
+def test_a_deletion_is_followed_only_when_the_sub_tasks_go_too() -> None:
+    for children in (False, True):
+        for change in changes(events.Deleted(children=children)).values():
+            assert change.follow == ("children" if children else "")
+
+
 def test_a_deadline_and_a_delay_count_from_the_stores_clock() -> None:
     later = msgspec.structs.replace(SUBMISSION, deadline_seconds=2.5, delay_seconds=1)
     found = task(apply(EMPTY, entry(events.Submitted(task=later))).fields)
@@ -359,8 +457,11 @@ def test_the_script_knows_every_field_that_a_change_looks_at() -> None:
     for event in (*SAMPLES.values(), events.Started(worker="w", max_attempts=1)):
         for change in changes(event).values():
             looked_at |= {*change.guard, *change.fill, change.follow} - {""}
-    assert looked_at == {"waits", "review_round", "review_version", "max_attempts", "id", "children"}
+    stated = events.Restated(stated={"a": 1}, version=1)
+    looked_at |= {name for change in changes(stated).values() for name in change.guard}
+    assert looked_at == {"waits", "review_round", "review_version", "max_attempts", "id", "children", "stated_version"}
     assert looked_at <= loaded
+    assert "thread_size" in loaded  # which every event of a conversation adds to
 
 
 def test_rows_for_one_status_are_those_of_that_status() -> None:

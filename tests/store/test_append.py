@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from importlib.resources import files
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from app.events import AnyEvent, Submission, TextDelta
 from app.log import BATCH_EVENTS_MAX, Appended, open_partitions, said
 from app.settings import Settings
 from app.store import Store, open_store
-from app.task import Status
+from app.task import THREAD_BYTES_MAX, Status, Task
 
 
 def submission(id_: str = "t", **more: Any) -> Submission:
@@ -416,3 +417,217 @@ async def test_a_wrong_type_stops_a_deletion_before_its_first_write(store: Store
     assert await store.log.end(tag) == before
     await store.snapshots.rebuild()
     assert [d async for d in store.snapshots.verify()] == []
+
+
+# Turns, and what an owner states
+
+
+async def ended(store: Store, id_: str = "t", **more: Any) -> None:
+    await store.submit(submission(id_, **more))
+    await store.append("o", id_, events.Completed(result="a"))
+
+
+async def now(store: Store, id_: str = "t") -> Task:
+    found = await store.get("o", id_)
+    assert found is not None
+    return found
+
+
+async def test_a_new_turn_begins_where_the_last_one_has_ended_and_keeps_what_it_does_not_name(store: Store) -> None:
+    schema = {"type": "object"}
+    asked: dict[str, Any] = {
+        "llm_provider": "p",
+        "llm_model": "m",
+        "llm_effort": "high",
+        "output_schema": schema,
+        "title": "One",
+    }
+    await store.submit(submission(**asked, context={"a": 1}, user="x", agent="a1"))
+    again = events.Continued(query="more", submission="r2", llm_model="m2")
+    for end in (None, events.PauseAsked()):
+        if end:
+            await store.append("o", "t", end)
+        with pytest.raises(Conflict, match="cannot be continued"):
+            await store.append("o", "t", again)
+    await store.append("o", "t", events.Resumed())
+    await store.append("o", "t", events.Completed(result="a"))
+    before = await now(store)
+    assert (before.llm_provider, before.llm_effort, before.output_schema) == ("p", "high", schema)
+    assert (before.turn, before.turn_seq) == (1, 0)
+    appended = await store.append("o", "t", again)
+    found = await now(store)
+    assert (found.turn, found.turn_seq, found.status) == (2, appended.seq, Status.QUEUED)
+    assert (found.query, found.llm_provider, found.llm_model, found.llm_effort) == ("more", "", "m2", "")
+    assert (found.title, found.context, found.output_schema, found.result) == ("", {}, {}, "")
+    assert (found.id, found.user, found.agent, found.created_at) == ("t", "x", "a1", before.created_at)
+    assert [one.task for one in await store.claim(["default"], "w", 1)] == ["t"]
+
+
+async def test_a_new_turn_may_wait_in_another_queue_which_is_then_known(store: Store) -> None:
+    await ended(store)
+    await store.append("o", "t", events.Continued(query="more", submission="r2", queue="agent:other"))
+    assert await store.claim(["default"], "w", 1) == []
+    (tag,) = store.partitions.tags
+    assert {*await store.door.read("ZRANGE", keys.key(tag, "queues"), 0, -1)} == {b"default", b"agent:other"}
+    assert [d async for d in store.snapshots.verify()] == []
+    (claimed,) = await store.claim(["agent:other"], "w", 1)
+    assert claimed.found.queue == "agent:other"
+    await store.append("o", "t", events.Completed(result="b"))
+    await store.append("o", "t", events.Continued(query="and more", submission="r3"))
+    assert (await now(store)).queue == "agent:other"
+
+
+async def test_the_same_turn_twice_is_one_turn(store: Store) -> None:
+    await ended(store)
+    again = events.Continued(query="more", submission="r2")
+    first = await store.append("o", "t", again)
+    repeated = await store.append("o", "t", again)
+    assert (first.duplicate, repeated.duplicate) == (False, True)
+    await store.claim(["default"], "w", 1)
+    assert (await store.append("o", "t", again)).duplicate
+    assert (await now(store)).turn == 2
+    assert len(await store.thread("o", "t")) == 3
+
+
+async def test_of_racing_new_turns_one_wins(store: Store) -> None:
+    await ended(store)
+    racing = [events.Continued(query=f"{i}", submission=f"r{i}") for i in range(20)]
+    answers = await asyncio.gather(
+        *(store.append("o", "t", one) for one in racing for _ in range(2)), return_exceptions=True
+    )
+    stood = [answer for answer in answers if isinstance(answer, Appended)]
+    assert sorted(one.duplicate for one in stood) == [False, True]
+    assert sum(isinstance(answer, Conflict) for answer in answers) == 38
+    found = await now(store)
+    assert found.turn == 2
+    assert [one.event for one in await store.thread("o", "t")][2:] == [racing[int(found.query)]]
+
+
+async def test_what_is_stated_is_replaced_only_by_who_saw_the_last_of_it(store: Store) -> None:
+    await store.submit(submission())
+
+    async def state(version: int, who: int) -> Appended:
+        return await store.append("o", "t", events.Restated(stated={"by": who}, version=version))
+
+    for wrong in (0, 2):
+        with pytest.raises(Conflict, match="has changed meanwhile"):
+            await state(wrong, 0)
+    for version in (1, 2, 3):
+        answers = await asyncio.gather(*(state(version, who) for who in range(10)), return_exceptions=True)
+        assert sum(isinstance(answer, Appended) for answer in answers) == 1
+        assert sum(isinstance(answer, Conflict) for answer in answers) == 9
+        assert (await now(store)).stated_version == version
+    before = (await now(store)).stated
+    await store.append("o", "t", events.Restated(internal_status="deep"))  # states nothing of that
+    assert (await now(store)).stated == before
+    await store.append("o", "t", events.Completed(result="a"))
+    await store.append("o", "t", events.Continued(query="more", submission="r2"))
+    assert ((await now(store)).stated, (await now(store)).stated_version) == ({}, 0)
+    await state(1, 7)
+    assert (await now(store)).stated == {"by": 7}
+    assert [d async for d in store.snapshots.verify()] == []
+
+
+async def test_writers_that_read_and_state_in_a_loop_lose_nothing(store: Store) -> None:
+    await store.submit(submission())
+
+    async def add(who: int) -> None:
+        while True:
+            found = await now(store)
+            stated = found.stated | {str(who): 1}
+            try:
+                await store.append("o", "t", events.Restated(stated=stated, version=found.stated_version + 1))
+            except Conflict:
+                continue
+            return
+
+    await asyncio.gather(*(add(who) for who in range(10)))
+    assert (await now(store)).stated == {str(who): 1 for who in range(10)}
+    assert (await now(store)).stated_version == 10
+
+
+async def test_usage_that_an_owner_states_counts_once_when_it_ends_the_task(store: Store) -> None:
+    await started(store, session="s")
+    usage = events.Usage(model="m", provider="p", input_tokens=3, output_tokens=4, cost_nano=5)
+    end = events.Restated(to="completed", result="a", stated={"events": 1}, version=1, usage=usage)
+    half = events.Restated(to="running", result="half", usage=usage)
+    await store.append("o", "t", half)
+    assert (await now(store)).total_tokens == 0
+    await store.append("o", "t", end)
+    with pytest.raises(Conflict):  # a repeat, by version
+        await store.append("o", "t", end)
+    await store.append("o", "t", events.Restated(to="completed", stated={"events": 2}, version=2, usage=usage))
+    found = await now(store)
+    assert (found.status, found.result, found.stated) == (Status.COMPLETED, "a", {"events": 2})
+    assert (found.input_tokens, found.output_tokens, found.cost_nano, found.model) == (3, 4, 5, "m")
+    session = await store.snapshots.session("o", "u", "s")
+    assert session is not None
+    assert (session.input_tokens, session.output_tokens, session.cost_nano) == (3, 4, 5)
+    assert [d async for d in store.snapshots.verify()] == []
+
+
+# The conversation's bound
+
+CALL = events.ToolCalled(tool="t", params={"q": "x" * 200_000})
+
+
+async def test_a_full_conversation_refuses_calls_and_questions_but_no_result(store: Store) -> None:
+    fence = await started(store)
+    n = 0
+    while True:
+        outcome = (await extend(store, "t", [CALL], fence=fence, n=n + 1))[0]
+        if isinstance(outcome, TaskcastError):
+            break
+        n += 1
+    assert isinstance(outcome, TooLarge)
+    assert str(outcome) == f"The task's conversation would exceed {THREAD_BYTES_MAX} bytes."
+    full = (await now(store)).thread_size
+    assert full <= THREAD_BYTES_MAX < full + len(events.encode(CALL))
+    before = await store.snapshots.snapshot("o", "t")
+    with pytest.raises(TooLarge, match="conversation"):
+        await store.append("o", "t", events.ToolReturned(tool="t", output="x" * 200_000), fence=fence, n=n + 1)
+    assert await store.snapshots.snapshot("o", "t") == before
+    # The refused number was not used up, and all else goes on.
+    result = "r" * events.RESULT_BYTES_MAX
+    batch: list[AnyEvent] = [TextDelta(text="a"), events.Noted(name="X"), events.Completed(result=result)]
+    assert told(await extend(store, "t", batch, fence=fence, n=n + 1)) == ["ok"] * 3
+    found = await now(store)
+    assert found.result == result
+    assert found.thread_size > THREAD_BYTES_MAX
+    for event in (events.Continued(query="more", submission="r2"), events.Restated(to="held")):
+        with pytest.raises(TooLarge, match="conversation"):
+            await store.append("o", "t", event)
+    assert (await now(store)).turn == 1
+    thread = await store.thread("o", "t")
+    assert len(thread) == n + 2
+    assert thread[-1].event == events.Completed(result=result)
+    assert [d async for d in store.snapshots.verify()] == []
+    await store.delete("o", "t")
+    assert await store.thread("o", "t") == []
+
+
+async def test_a_full_conversation_refuses_no_result_that_an_owner_states(store: Store) -> None:
+    fence = await started(store)
+    for first in range(1, 42):
+        await extend(store, "t", [CALL], fence=fence, n=first)
+    with pytest.raises(TooLarge):
+        await store.append("o", "t", CALL, fence=fence, n=42)
+    await store.append("o", "t", events.Restated(to="completed", result="r" * events.RESULT_BYTES_MAX))
+    assert (await now(store)).thread_size > THREAD_BYTES_MAX
+
+
+def test_the_script_knows_the_bound_of_a_conversation() -> None:
+    lua = (files("app") / "lua" / "commit.lua").read_text()
+    assert f"local THREAD_BYTES = {THREAD_BYTES_MAX}\n" in lua
+
+
+async def test_a_wrong_type_under_a_conversation_stops_the_step_before_its_first_write(store: Store) -> None:
+    await ended(store)
+    (tag,) = store.partitions.tags
+    name = keys.key(tag, "thread", "o", "t")
+    await store.door.call("DEL", name)
+    await store.door.call("SET", name, "x")
+    before = await store.log.end(tag)
+    with pytest.raises(Exception, match="WRONGTYPE"):
+        await store.append("o", "t", events.Continued(query="more", submission="r2"))
+    assert await store.log.end(tag) == before

@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from app import events, keys
 from app.embedded import Embedded
 from app.errors import Conflict, TooLarge
 from app.events import AnyEvent, Entry, Submission, Usage
 from app.log import Message
+from app.seam import Ended, Gap
 from app.settings import Settings
 from app.store import Store, open_store
-from app.task import EMPTY, STORED, TERMINAL, Snapshot, apply
+from app.task import EMPTY, STORED, TERMINAL, Snapshot, apply, task
+from tests.waiting import wait_until
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 AGENT = st.sampled_from(["", "a", "b", "final_output"])
@@ -277,6 +281,56 @@ async def test_what_is_lost_of_a_trimmed_conversation_stays_told(settings: Setti
         assert await store.snapshots.rebuild() == (1, [])
         assert len(await store.thread("o", "t")) == 38
         assert await differences(store) == ["its conversation differs from its events"]
+
+
+async def test_a_reader_that_folds_follows_a_turn_over_trimmed_history(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.hub.Pull.BACKLOG_BYTES", 300)  # what is live is dropped, and folded again, all the time
+    async with open_store(settings.model_copy(update={"events_per_mark": 10})) as store:
+        await talk(store, "t", 20)
+        await store.append("o", "t", events.Continued(query="last", submission="last"))
+        began = await store.get("o", "t")
+        assert began is not None
+        got: list[Entry] = []
+
+        async def speak() -> None:
+            await store.claim(["default"], "w", 1)
+            for i in range(60):
+                said = await store.append("o", "t", events.TextDelta(text=f"{i} ", agent=f"a{i % 2}"))
+                # No further ahead than what is kept, for the reader must find what it asked for.
+                await wait_until(partial(_has, got, said.seq - 5), "the reader comes along")
+            await store.append("o", "t", events.Completed(result="b"))
+
+        async with store.hub.follow(store.hub.folded("o", "t", began.turn_seq)) as pull, asyncio.TaskGroup() as group:
+            speaking: asyncio.Task[None] | None = None
+            async for items in pull:
+                for item in items:
+                    if isinstance(item, Entry):
+                        got.append(item)
+                    else:
+                        assert isinstance(item, Ended)
+                speaking = speaking or group.create_task(speak())
+        assert [one.seq for one in got] == list(range(began.turn_seq, began.turn_seq + 63))
+        fold = Snapshot(fields=got[0].after or {})
+        assert task(fold.fields) == began
+        for one in got[1:]:
+            fold = apply(fold, replace(one, after=None))
+            assert one.after == fold.fields
+        assert await store.snapshots.snapshot("o", "t") == fold
+        async with store.hub.follow(store.hub.folded("o", "t", 2)) as pull:
+            first = (await anext(aiter(pull)))[0]
+        assert isinstance(first, Gap)
+        assert (first.reason, first.earliest) == ("trimmed", _base(first) + 1)
+
+
+def _has(got: list[Entry], seq: int) -> bool:
+    return got[-1].seq >= seq
+
+
+def _base(gap: Gap) -> int:
+    assert gap.snapshot is not None
+    return int(gap.snapshot.fields["last_seq"])
 
 
 async def test_a_conversation_of_no_task_is_found(store: Store) -> None:

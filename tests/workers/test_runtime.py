@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 import pytest
+from msgspec import Struct
 from pydantic import BaseModel, Field
 
 from app import events
@@ -116,6 +117,88 @@ async def test_a_dict_or_a_model_is_a_json_result_and_carries_the_usage(bench: B
     first = done[0]
     assert (first.model, first.provider, first.input_tokens, first.output_tokens) == ("m", "p", 3, 5)
     assert first.cost_nano == 750_000_000
+
+
+class Fits(Struct):
+    returned: Any
+    status: Status
+    result_type: str = ""
+    error: str = ""
+
+
+FITTING = [
+    Fits({"n": 1}, Status.COMPLETED, "json"),
+    Fits(' {"n": 1}\n', Status.COMPLETED, "json"),
+    Fits({"n": "1"}, Status.FAILED, error="The result does not fit its output schema at $.n: '1' is not of type"),
+    Fits('{"m": 1}', Status.FAILED, error="The result does not fit its output schema at $: 'n' is a required property"),
+    Fits("One.", Status.FAILED, error="The result is no JSON, as its output schema asks for."),
+    Fits(None, Status.FAILED, error="The result is no JSON, as its output schema asks for."),
+]
+
+
+@pytest.mark.parametrize("case", FITTING, ids=lambda case: repr(case.returned))
+async def test_a_result_fits_the_tasks_schema_or_the_task_fails_and_says_where(
+    bench: Bench, logs: Logs, case: Fits
+) -> None:
+    @task("default", retry=Exception)
+    async def answers(task: Task, ctx: Context) -> Any:
+        assert task.output_schema == schema
+        ctx.used(model="m", input_tokens=3)
+        return case.returned
+
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    id_ = await bench.submit(output_schema=schema, session="s")
+    async with bench.work(answers):
+        done = await bench.until_ended(id_)
+    assert (done.status, done.attempt, done.result_type) == (case.status, 1, case.result_type)
+    assert done.error.startswith(case.error)
+    assert bool(done.error) == (case.status is Status.FAILED)
+    # What was consumed counts, and what was said stays.
+    assert (done.input_tokens, done.model) == (3, "m")
+    texts = [one.event.text for one in await bench.entries(id_) if isinstance(one.event, events.TextCompleted)]
+    assert texts == ([case.returned] if isinstance(case.returned, str) else [])
+    told = [one["error"] for one in logs if one["event"] == "task.failed"]
+    assert told == ([done.error] if done.error else [])
+    await bench.prove()
+
+
+async def test_a_task_without_a_schema_may_answer_anything(bench: Bench) -> None:
+    @task("default")
+    async def answers(task: Task, ctx: Context) -> str:
+        return '{"n":'
+
+    id_ = await bench.submit()
+    async with bench.work(answers):
+        done = await bench.until_ended(id_)
+    assert (done.status, done.result_type) == (Status.COMPLETED, "text")
+
+
+async def test_a_long_check_stops_no_other_attempt_and_no_renewal(tmp_path: Path) -> None:
+    schema = {"items": {"anyOf": [{"type": "null"}] * 900}}
+    beats = 0
+
+    @task("slow")
+    async def slow(task: Task, ctx: Context) -> str:
+        return f"[{'1,' * 60_000}1]"
+
+    @task("quick")
+    async def quick(task: Task, ctx: Context) -> str:
+        nonlocal beats
+        while await bench.status(checked) is Status.RUNNING:
+            beats += 1
+            await asyncio.sleep(0.01)
+        return ""
+
+    async with opened(tmp_path, lease_seconds=SHORT_SECONDS) as store:
+        bench = Bench(store)
+        checked = await bench.submit(queue="slow", output_schema=schema)
+        async with bench.work(slow, quick):
+            await bench.until(checked, Status.RUNNING)
+            other = await bench.submit(queue="quick")
+            done = await bench.until_ended(other, checked)
+        assert (done.status, done.attempt) == (Status.FAILED, 1)
+        assert done.error == "The result cannot be checked against its output schema: that would take too long."
+        assert beats > 5
 
 
 async def test_usage_goes_out_once_with_the_text(bench: Bench) -> None:
