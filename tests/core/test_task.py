@@ -309,7 +309,7 @@ def test_a_failure_tells_what_it_consumed() -> None:
 def test_a_deletion_is_followed_only_when_the_sub_tasks_go_too() -> None:
     for children in (False, True):
         for change in changes(events.Deleted(children=children)).values():
-            assert change.follow == ("children" if children else "")
+            assert change.follow == ("id" if children else "")
 
 
 def test_a_deadline_and_a_delay_count_from_the_stores_clock() -> None:

@@ -556,7 +556,8 @@ async def test_usage_that_an_owner_states_counts_once_when_it_ends_the_task(stor
     await store.append("o", "t", end)
     with pytest.raises(Conflict):  # a repeat, by version
         await store.append("o", "t", end)
-    await store.append("o", "t", events.Restated(to="completed", stated={"events": 2}, version=2, usage=usage))
+    await store.append("o", "t", events.Restated(to="completed", usage=usage))
+    await store.append("o", "t", events.Restated(to="completed", stated={"events": 2}, version=2))
     found = await now(store)
     assert (found.status, found.result, found.stated) == (Status.COMPLETED, "a", {"events": 2})
     assert (found.input_tokens, found.output_tokens, found.cost_nano, found.model) == (3, 4, 5, "m")
