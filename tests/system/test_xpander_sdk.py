@@ -165,9 +165,15 @@ def worker(own_api: Api, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
 
 
 @pytest.fixture
-def employer(worker: Worker) -> str:
-    """The agent whose tasks it takes."""
-    return worker.environment["XPANDER_AGENT_ID"]
+async def employer(worker: Worker, http: httpx.AsyncClient) -> AsyncIterator[str]:
+    """The agent whose tasks it takes. What a test that failed leaves it, does not keep it from the next test's."""
+    agent = worker.environment["XPANDER_AGENT_ID"]
+    yield agent
+    for status in ("pending", "executing"):
+        left = await http.get(f"/v1/agents/{agent}/tasks", params={"status": status, "per_page": 50})
+        for task in left.json()["items"]:
+            await http.post(f"/v1/tasks/{task['id']}/stop")
+            worker.let_end(task["id"])
 
 
 @pytest.fixture
@@ -594,16 +600,12 @@ async def test_an_answer_that_promises_is_tried_twice_and_finished_once(
 async def test_a_worker_has_six_tasks_at_a_time(http: httpx.AsyncClient, worker: Worker, employer: str) -> None:
     ids = [await invoke(http, employer, f"Hold {number}") for number in range(2 * SLOTS + 1)]
 
-    async def executing() -> list[str]:
-        response = await http.get(f"/v1/agents/{employer}/tasks", params={"status": "executing", "per_page": 50})
-        return [task["id"] for task in response.json()["items"]]
+    def begun() -> list[str]:
+        return [id_ for id_ in ids if worker.began(id_)]
 
-    async def is_full() -> bool:
-        return len(await executing()) >= SLOTS
-
-    await wait_until(is_full, "the worker is full")
-    assert sorted(await executing()) == sorted(id_ for id_ in ids if worker.began(id_))
-    assert len(await executing()) == SLOTS
+    await wait_until(lambda: len(begun()) == SLOTS, "the worker is full")
+    listed = await http.get(f"/v1/agents/{employer}/tasks", params={"status": "executing", "per_page": 50})
+    assert sorted(task["id"] for task in listed.json()["items"]) == sorted(begun())
     for id_ in ids:
         worker.let_end(id_)
     for id_ in ids:
