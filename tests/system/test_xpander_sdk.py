@@ -30,6 +30,8 @@ LEASE_SECONDS = 5.0
 """Its workers send a heartbeat every two seconds."""
 SLOTS = 6
 """Tasks that its workers work on at a time."""
+START_SECONDS_MAX = 40
+"""Its packages are many: it takes seconds to start, and on a loaded machine a lot of them."""
 TERMINAL = {"completed", "failed", "error", "stopped"}
 Json = dict[str, Any]
 
@@ -214,8 +216,12 @@ async def becomes(http: httpx.AsyncClient, id_: str, *wanted: str) -> Json:
         task = await get(http, id_)
         return task["status"] in wanted
 
-    await wait_until(has, f"{id_} is {' or '.join(wanted)}", seconds_max=40)
+    await wait_until(has, f"{id_} is {' or '.join(wanted)}", seconds_max=START_SECONDS_MAX)
     return task
+
+
+async def begins(worker: Worker, id_: str) -> None:
+    await wait_until(lambda: worker.began(id_) > 0, f"{id_} is worked on", seconds_max=START_SECONDS_MAX)
 
 
 def test_the_sdk_is_the_one_that_the_contract_describes() -> None:
@@ -553,7 +559,7 @@ async def test_a_worker_finishes_what_rest_asks_for(http: httpx.AsyncClient, wor
 async def test_a_workers_task_is_told_as_it_happens(client: Client, worker: Worker, employer: str) -> None:
     id_ = (await client("Tasks.acreate", agent_id=employer, prompt="Hold it", events_streaming=True))["id"]
     watching = asyncio.create_task(client("Task.aevents", task=id_))
-    await wait_until(lambda: worker.began(id_) > 0, "the task is worked on")
+    await begins(worker, id_)
     worker.let_end(id_)
     told = await watching
     assert [event["type"] for event in told if event["type"] != "task_updated"] == ["task_created", "task_finished"]
@@ -603,7 +609,7 @@ async def test_a_worker_has_six_tasks_at_a_time(http: httpx.AsyncClient, worker:
     def begun() -> list[str]:
         return [id_ for id_ in ids if worker.began(id_)]
 
-    await wait_until(lambda: len(begun()) == SLOTS, "the worker is full")
+    await wait_until(lambda: len(begun()) == SLOTS, "the worker is full", seconds_max=START_SECONDS_MAX)
     listed = await http.get(f"/v1/agents/{employer}/tasks", params={"status": "executing", "per_page": 50})
     assert sorted(task["id"] for task in listed.json()["items"]) == sorted(begun())
     for id_ in ids:
@@ -625,6 +631,7 @@ async def test_a_worker_keeps_its_task_as_long_as_its_heart_beats(
     assert worker.began(id_) == 1
 
 
+@pytest.mark.timeout(120)  # two of them start, one after the other
 @pytest.mark.parametrize("end", [Worker.kill, Worker.stop], ids=["killed", "stopped"])
 async def test_the_task_of_a_worker_that_ends_goes_to_another_one(
     http: httpx.AsyncClient, agent: str, hire: Callable[[str], Worker], end: Callable[[Worker], None]
@@ -632,10 +639,10 @@ async def test_the_task_of_a_worker_that_ends_goes_to_another_one(
     """With SIGTERM it leaves in good order, and its task where it stands."""
     id_ = await invoke(http, agent, "Hold it")
     first = hire("first")
-    await wait_until(lambda: first.began(id_) > 0, "the task is worked on")
+    await begins(first, id_)
     end(first)
     second = hire("second")
-    await wait_until(lambda: second.began(id_) > 0, "the task is worked on again")
+    await begins(second, id_)
     second.let_end(id_)
     task = await becomes(http, id_, *TERMINAL)
     assert (task["status"], task["result"]) == ("completed", second.result("Hold it"))
