@@ -172,7 +172,7 @@ class Dispatch(Response):
             await self._store.registrations.remove(self._worker.org, self._worker.id)
 
     async def _dispatch(self, waiter: Waiter, ends: Sequence[asyncio.Future[Any]], send: Send) -> None:
-        """Until one of these is done. One task at a time, so that workers with room get equal shares of many."""
+        """Until one of these is done. One task at a time: many are for all workers that are awake."""
         loop = asyncio.get_running_loop()
         heartbeat = self._streams.settings.heartbeat_seconds
 
