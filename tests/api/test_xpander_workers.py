@@ -632,6 +632,26 @@ async def test_a_store_that_is_away_costs_no_worker_its_stream(
         beating.cancel()
 
 
+async def test_a_task_that_cannot_be_read_in_full_goes_back(
+    store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(*_: Any) -> Any:
+        raise Unavailable("away")
+
+    async def back() -> bool:
+        return "requeued" in await told(store, id_)
+
+    id_ = await create(server, user_oidc_token="secret")
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "hidden", away)
+        async with working(server):
+            await wait_until(back, "it goes back")
+    async with working(server) as worker:
+        task = await worker.task()
+        assert (task["id"], task["user_oidc_token"]) == (id_, "secret")
+        assert (await now(store, id_)).attempts_left == 2
+
+
 async def test_a_log_that_cannot_be_watched_is_an_empty_stream(
     store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -186,10 +186,9 @@ class Dispatch(Response):
             waiter.woken.clear()
             claimed = await self._claim() if self._room() > 0 else []
             if any(end.done() for end in ends):
-                return await self._claims.give_back(claimed, f"worker:{self._worker.id}")
-            for one in claimed:
+                return await self._give_back([one for one, _ in claimed])
+            for one, task in claimed:
                 self._hold(one, waiter)
-                task = task_body(one.found) | await self._store.hidden(one.found)
                 silent_at = await say(encode(Frame(event="agent-execution", data=task)))
             waiter.full = self._room() <= 0
             if claimed and not waiter.full:
@@ -206,15 +205,22 @@ class Dispatch(Response):
     def _room(self) -> int:
         return SLOTS - len(self._held) - self._unfreed
 
-    async def _claim(self) -> list[Claimed]:
+    async def _claim(self) -> list[tuple[Claimed, Json]]:
+        """The task that is next, and as the worker alone may read it."""
         worker = self._worker
         queues = [self._agent.queue, f"{PINNED}{worker.id}"]
+        claimed: list[Claimed] = []
         try:
-            return await self._store.claim(queues, worker.id, 1, org=worker.org)
+            claimed = await self._store.claim(queues, worker.id, 1, org=worker.org)
+            return [(one, task_body(one.found) | await self._store.hidden(one.found)) for one in claimed]
         except Unavailable as error:
             # Its tasks are better kept than its stream ended; it looks again with the next sweep.
             store_away("dispatch.waiting", error)
+            await self._give_back(claimed)
             return []
+
+    async def _give_back(self, claimed: Sequence[Claimed]) -> None:
+        await self._claims.give_back(claimed, f"worker:{self._worker.id}")
 
     def _hold(self, one: Claimed, waiter: Waiter) -> None:
         told = {"task_id": one.task, "org": one.org, "worker": self._worker.id, "fence": one.fence}
@@ -240,26 +246,25 @@ class Dispatch(Response):
 
     async def _keep(self, waiter: Waiter) -> str:
         """While the worker is heard; then why not: `silent`, or `finished`, as it says itself."""
-        loop = asyncio.get_running_loop()
         pause = min(LOOK_SECONDS, self._store.settings.lease_seconds / 3)
-        heartbeat_at, heard_at = self._worker.heartbeat_at, loop.time()
+        # Counted in looks: while this process or the store stood still, nobody could be heard.
+        heartbeat_at, silence = self._worker.heartbeat_at, 0.0
         while True:
             await asyncio.sleep(pause)
             try:
                 found = await self._store.registrations.get(self._worker.org, self._worker.id)
                 if found is None:
                     return "finished"
-                if found.heartbeat_at != heartbeat_at:
-                    heartbeat_at, heard_at = found.heartbeat_at, loop.time()
-                elif loop.time() - heard_at > SILENT_SECONDS:
+                silence = silence + pause if found.heartbeat_at == heartbeat_at else 0.0
+                if silence >= SILENT_SECONDS:
                     return "silent"
+                heartbeat_at = found.heartbeat_at
                 for one, status in (await self._store.renew([*self._held.values()])).items():
                     if status != Status.RUNNING:
                         self._over(one, waiter, freed=False)
                 self._count(found.freed, waiter)
             except Unavailable as error:
                 store_away("dispatch.waiting", error)
-                heard_at = loop.time()  # nobody could be heard
 
     def _count(self, freed: int | None, waiter: Waiter) -> None:
         """Of slots whose tasks have ended elsewhere, those of which the worker has not said since that they are free. One
