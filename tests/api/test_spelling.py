@@ -28,63 +28,14 @@ from app.api.shannon.spelling import (
     task_item,
 )
 from app.errors import Conflict, Invalid, TaskcastError, TooLarge
-from app.events import AnyEvent, Entry, Event, Submission, Usage
+from app.events import AnyEvent, Event, Submission
 from app.identity import Identity
 from app.seam import Ended, Gap
-from app.task import EMPTY, STORED, TERMINAL, Snapshot, Status, Task, apply, task
+from app.task import STORED, TERMINAL, Status, Task, task
+from tests.api.lives import ASKING, AT, LIVES, QUESTION, SAMPLES, STARTED, entry, folded
 
 GOLDEN = Path(__file__).parent / "golden"
 WHO = Identity(org="org", user="user", key="key_1")
-AT = 1_761_129_000_000_000  # 2025-10-22T10:30:00Z, as in the seed's examples
-USAGE = Usage(
-    model="gpt-5-mini-2025-08-07", provider="openai", input_tokens=200, output_tokens=100, cost_nano=6_000_000
-)
-QUESTION = Submission(
-    id="task_01HQZX3Y9K8M2P4N5S7T9W2V",
-    org="org",
-    owner="user",
-    session="user-123-session",
-    query="What is the capital of France?",
-    mode="simple",
-    submission="r",
-)
-
-
-def entry(event: AnyEvent, seq: int = 7, attempt: int = 1) -> Entry:
-    at = AT + (seq - 1) * 1_000_001
-    return Entry(
-        id=f"{at // 1000}-0",
-        task=QUESTION.id,
-        seq=seq,
-        at=at,
-        fence=attempt,
-        attempt=attempt,
-        n=0,
-        event=event,
-        size=100,
-    )
-
-
-def folded(*said: AnyEvent, question: Submission = QUESTION) -> Snapshot:
-    snapshot = EMPTY
-    for seq, event in enumerate((events.Submitted(task=question), *said), start=1):
-        snapshot = apply(snapshot, entry(event, seq, attempt=1 if seq > 1 else 0))
-    return snapshot
-
-
-STARTED = events.Started(worker="w")
-ASKING = events.PauseAsked(actor="user:user", reason="lunch")
-LIVES: dict[Status, tuple[AnyEvent, ...]] = {
-    Status.QUEUED: (),
-    Status.RUNNING: (STARTED, events.Progressed(fraction=0.25)),
-    Status.PAUSED: (STARTED, ASKING),
-    Status.HELD: (ASKING,),
-    Status.COMPLETED: (STARTED, events.Completed(result="Paris.", usage=USAGE)),
-    Status.FAILED: (STARTED, events.Failed(error="LLM service unavailable: connection timeout")),
-    Status.ERRORED: (STARTED, events.Errored(error="ValueError: no such city")),
-    Status.CANCELLED: (STARTED, events.Cancelled(actor="user:user", reason="enough")),
-    Status.TIMED_OUT: (STARTED, events.TimedOut()),
-}
 
 
 def snapshot_of(status: Status, **more: Any) -> Task:
@@ -428,40 +379,6 @@ def test_a_list_item_has_what_the_sdk_demands() -> None:
 
 
 # Events
-
-SAMPLES: tuple[AnyEvent, ...] = (
-    events.Submitted(task=QUESTION),
-    events.Continued(query="and Spain?", submission="r2"),
-    STARTED,
-    ASKING,
-    events.Paused(checkpoint="pre_synthesis", state={"secret": 1}),
-    events.Resumed(reason="back"),
-    events.Requeued(delay_seconds=2.5),
-    events.LeaseLost(),
-    events.Completed(result="Paris.", usage=USAGE),
-    events.Failed(error="no luck"),
-    events.Errored(error="ValueError"),
-    events.Cancelled(reason="enough"),
-    events.TimedOut(),
-    events.Restated(to="completed", result="r"),
-    events.Deleted(),
-    events.Progressed(fraction=0.5, message="half", payload={"plan": [1]}),
-    events.TextDelta(text="Pa\u2028", agent="final_output"),
-    events.TextCompleted(text="Paris.", agent="final_output", usage=USAGE, duration_ms=12),
-    events.ToolCalled(tool="search", call="c1", params={"q": "x"}, agent="a"),
-    events.ToolReturned(tool="search", call="c1", output="y" * 3000, duration_ms=5),
-    events.AgentStarted(agent="a", payload={"role": "poet"}),
-    events.AgentCompleted(agent="a"),
-    events.Thinking(message="hm", agent="a"),
-    events.Retried(),
-    events.ApprovalRequested(approval="ap1", reason="Deploy?", payload={"risk": "high"}),
-    events.ApprovalDecided(approval="ap1", approved=False),
-    events.ReviewRequested(plan="1. Ask.", version=1),
-    events.Reviewed(version=1, approved=False, feedback="Ask twice."),
-    events.ChildSubmitted(task=QUESTION),
-    events.PlanUpdated(payload={"round": 1}),
-    events.Noted(name="BUDGET_THRESHOLD", payload={"level": "warn"}),
-)
 
 
 def said(kind: type[Event]) -> Any:

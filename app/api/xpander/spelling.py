@@ -231,6 +231,8 @@ def _stated(found: Task, update: Update) -> Json | None:
             continue
         if name in {"duration", "source"} and not value:
             continue  # the SDK's own defaults: it says 0 of each task that it knows from before its end
+        if name == "hitl_request" and found.waits:
+            continue  # what its handler waits for, the handler says
         if value == ours[name]:
             stated.pop(name, None)
         else:
