@@ -143,5 +143,5 @@ def happened(event: AnyEvent, *, question: Submission = QUESTION) -> Entry:
     else:
         passed = BEFORE.get(type(event), (STARTED,))
         before, seq = folded(*passed, question=question), len(passed) + 2
-    found = entry(event, seq)
+    found = replace(entry(event, seq), task=question.id)
     return replace(found, after=apply(before, found).fields)

@@ -590,7 +590,7 @@ def test_every_event_has_the_frames_of_the_design(event: AnyEvent) -> None:
     for body in bodies:
         assert body["type"] in SAFE
         assert set(body) == {"type", "task_id", "organization_id", "time", "data"}
-        assert (body["task_id"], body["organization_id"]) == (QUESTION.id, "org")
+        assert (body["task_id"], body["organization_id"]) == (INVOCATION.id, "org")
         if body["type"].startswith("task_"):
             assert set(body["data"]) == WHOLE
             assert (body["type"] == "task_finished") == (body["data"]["finished_at"] is not None)
