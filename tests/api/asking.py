@@ -1,7 +1,8 @@
-"""Clients of the application without a server between, and attempts at the tasks that they submit."""
+"""Clients of the application without a server between, tasks that they submit, and attempts at them."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
 
 import httpx
 
@@ -36,9 +37,17 @@ async def asking(store: Store, settings: Settings) -> AsyncIterator[Connect]:
         yield connect
 
 
-async def claimed(store: Store, task: str) -> Attempt:
+async def invoked(client: httpx.AsyncClient, agent: str = "writer", **body: Any) -> str:
+    """A task for an agent, through xpander's API."""
+    answer = await client.post(f"/v1/agents/{agent}/invoke/async", json={"input": {"text": "why?"}} | body)
+    assert answer.status_code == 200, answer.text
+    id_: str = answer.json()["id"]
+    return id_
+
+
+async def claimed(store: Store, task: str, queue: str = "default") -> Attempt:
     """An attempt at the first task in the queue, which must be that one."""
-    (found,) = await store.claim(["default"], "w", 1)
+    (found,) = await store.claim([queue], "w", 1)
     assert found.task == task
     return Attempt(store, task, found.fence)
 

@@ -24,8 +24,9 @@ from app.frames import encode
 from app.log import random_id
 from app.store import Store
 from app.task import STORED, TERMINAL, Status, task
+from tests.api.asking import claimed, invoked
 from tests.api.lives import INVOCATION, LIVES, QUESTION, SAMPLES, folded, happened
-from tests.api.serving import ORG, Attempt
+from tests.api.serving import ORG
 
 GOLDEN = Path(__file__).parent / "golden"
 DIALECTS = pytest.mark.parametrize("dialect", [shannon, xpander], ids=["shannon", "xpander"])
@@ -112,12 +113,6 @@ async def through_shannon(client: httpx.AsyncClient) -> str:
     return id_
 
 
-async def through_xpander(client: httpx.AsyncClient) -> str:
-    answer = await client.post("/v1/agents/writer/invoke/async", json={"input": {"text": "why?"}})
-    id_: str = answer.json()["id"]
-    return id_
-
-
 ENDS: dict[Status, AnyEvent] = {
     Status.COMPLETED: events.Completed(result="because"),
     Status.FAILED: events.Failed(error="no luck"),
@@ -132,9 +127,7 @@ async def bring(client: httpx.AsyncClient, store: Store, id_: str, status: Statu
     if status is Status.HELD:
         assert (await client.post(f"{SHANNON}/{id_}/pause")).status_code == 202
         return
-    (claimed,) = await store.claim(["agent:writer"], "w", 1)
-    assert claimed.task == id_
-    attempt = Attempt(store, id_, claimed.fence)
+    attempt = await claimed(store, id_, "agent:writer")
     await attempt.write("be")
     if status in ENDS:
         await attempt.say(ENDS[status])
@@ -146,7 +139,7 @@ async def bring(client: httpx.AsyncClient, store: Store, id_: str, status: Statu
         await store.append(ORG, id_, events.TimedOut())
 
 
-MADE = pytest.mark.parametrize("make", [through_shannon, through_xpander], ids=["shannon", "xpander"])
+MADE = pytest.mark.parametrize("make", [through_shannon, invoked], ids=["shannon", "xpander"])
 
 
 @MADE
@@ -239,7 +232,7 @@ async def test_what_only_its_own_dialect_reads_stays_hidden_from_the_other(
         "additional_context": "ours alone",
         "source": random_id(),
     }
-    id_ = (await client.post("/v1/agents/writer/invoke/async", json=made)).json()["id"]
+    id_ = await invoked(client, **made)
     theirs = (await client.get(f"{SHANNON}/{id_}")).text
     assert "ours alone" not in theirs
     assert "a@b.c" not in theirs

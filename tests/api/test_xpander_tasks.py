@@ -16,10 +16,10 @@ from app.events import Submission
 from app.log import random_id
 from app.store import Store
 from app.task import TERMINAL, Status
-from tests.api.asking import Connect
-from tests.api.serving import ORG, USER, Attempt
+from tests.api.asking import Connect, claimed, invoked
+from tests.api.serving import ORG, USER
 
-TASKS = "/v1/tasks"
+TASKS, WRITER = "/v1/tasks", "agent:writer"
 STATUSES = ("pending", "executing", "paused", "error", "failed", "completed", "stopped")
 NULLABLE = {"anyOf": [{"type": "string"}, {"type": "null"}]}
 PAGE = Draft202012Validator(
@@ -52,23 +52,10 @@ PAGE = Draft202012Validator(
 """The seed's `PaginatedResponse_TasksListItem_`, and no more, but for our own cursor."""
 
 
-async def made(client: httpx.AsyncClient, agent: str = "writer", **body: Any) -> str:
-    answer = await client.post(f"/v1/agents/{agent}/invoke/async", json={"input": {"text": "why?"}} | body)
-    assert answer.status_code == 200, answer.text
-    id_: str = answer.json()["id"]
-    return id_
-
-
-async def begun(store: Store, id_: str, agent: str = "writer") -> Attempt:
-    (claimed,) = await store.claim([f"agent:{agent}"], "w", 1)
-    assert claimed.task == id_
-    return Attempt(store, id_, claimed.fence)
-
-
 async def brought(client: httpx.AsyncClient, store: Store, status: Status) -> str:
     """A task that ended so."""
-    id_ = await made(client)
-    attempt = await begun(store, id_)
+    id_ = await invoked(client)
+    attempt = await claimed(store, id_, WRITER)
     ends: dict[Status, events.AnyEvent] = {
         Status.COMPLETED: events.Completed(result="because"),
         Status.FAILED: events.Failed(error="no luck"),
@@ -99,9 +86,9 @@ async def ids(client: httpx.AsyncClient, path: str = TASKS, **query: Any) -> lis
 async def test_a_list_has_the_seeds_envelope_and_items_newest_first(client: httpx.AsyncClient, store: Store) -> None:
     assert await listed(client) == {"items": [], "total": 0, "page": 1, "per_page": 20, "total_pages": 0}
     user = {"id": "u1", "email": "ada@example.com"}
-    first = await made(client, source="sdk", input={"text": "Reply with exactly SECOND", "user": user})
-    await (await begun(store, first)).complete("SECOND")
-    second = await made(client, title="T", triggering_agent_id="planner", parent_execution_id=first)
+    first = await invoked(client, source="sdk", input={"text": "Reply with exactly SECOND", "user": user})
+    await (await claimed(store, first, WRITER)).complete("SECOND")
+    second = await invoked(client, title="T", triggering_agent_id="planner", parent_execution_id=first)
     body = await listed(client, per_page=5)
     assert (body["total"], body["total_pages"]) == (2, 1)
     newer, older = body["items"]
@@ -125,7 +112,7 @@ async def test_a_list_has_the_seeds_envelope_and_items_newest_first(client: http
 
 
 async def test_pages_have_bounds_and_one_beyond_the_end_is_empty(client: httpx.AsyncClient) -> None:
-    every = [await made(client) for _ in range(5)][::-1]
+    every = [await invoked(client) for _ in range(5)][::-1]
     pages = [await ids(client, page=page, per_page=2) for page in (1, 2, 3, 4)]
     assert pages == [every[:2], every[2:4], every[4:], []]
     body = await listed(client, page=4, per_page=2)
@@ -157,8 +144,8 @@ async def test_every_filter_narrows_and_all_of_them_together(client: httpx.Async
             "triggering_agent_id": trigger,
             "parent_execution_id": f"p-{user}",
         }
-        every[agent, user, trigger, "pending"] = await made(client, agent, **body)
-        ended = every[agent, user, trigger, "stopped"] = await made(client, agent, **body)
+        every[agent, user, trigger, "pending"] = await invoked(client, agent, **body)
+        ended = every[agent, user, trigger, "stopped"] = await invoked(client, agent, **body)
         await client.patch(f"/agent-execution/{ended}/update", json={"status": "stopped", "internal_status": "done"})
     queries = {"agent": "agent_id", "user": "user_id", "trigger": "triggering_agent_id", "status": "status"}
     for chosen in itertools.product(*((None, value) for value in ("b", "v", "y", "stopped"))):
@@ -193,7 +180,7 @@ async def test_a_word_finds_every_status_that_it_shows(
 
 
 async def test_a_list_knows_dates_both_included(client: httpx.AsyncClient) -> None:
-    first, second, third = [await made(client) for _ in range(3)]
+    first, second, third = [await invoked(client) for _ in range(3)]
     moments = {item["id"]: item["created_at"] for item in (await listed(client))["items"]}
     assert await ids(client, from_date=moments[second]) == [third, second]
     assert await ids(client, to_date=moments[second]) == [second, first]
@@ -210,15 +197,15 @@ async def test_a_list_knows_dates_both_included(client: httpx.AsyncClient) -> No
     assert await ids(client, "/v1/agents/writer/tasks", from_date=moments[third]) == [third]
 
 
-async def test_a_cursor_gives_every_task_once_while_others_are_made(client: httpx.AsyncClient) -> None:
-    every = [await made(client) for _ in range(7)]
+async def test_a_cursor_gives_every_task_once_while_others_are_invoked(client: httpx.AsyncClient) -> None:
+    every = [await invoked(client) for _ in range(7)]
     seen: list[str] = []
     cursor: str | None = ""
     while cursor is not None:
         body = await listed(client, cursor=cursor, per_page=2)
         seen += [item["id"] for item in body["items"]]
         cursor = body["next_cursor"]
-        await made(client)
+        await invoked(client)
     assert seen == every[::-1]
     assert "next_cursor" not in await listed(client)
     answer = await client.get(TASKS, params={"cursor": "nonsense"})
@@ -231,7 +218,7 @@ async def test_a_cursor_gives_every_task_once_while_others_are_made(client: http
 async def test_without_a_key_everything_is_401_and_a_foreign_task_is_a_404(
     connect: Connect, client: httpx.AsyncClient
 ) -> None:
-    id_ = await made(client)
+    id_ = await invoked(client)
     stranger, foreigner = await connect(), await connect("ada", org="elsewhere")
     calls = [
         ("GET", ""),
@@ -281,17 +268,17 @@ async def test_what_is_no_route_is_told_in_this_dialects_shape(client: httpx.Asy
 async def test_threads_hold_all_turns_and_the_full_one_tools_and_sub_tasks(
     client: httpx.AsyncClient, store: Store
 ) -> None:
-    id_ = await made(client)
-    attempt = await begun(store, id_)
+    id_ = await invoked(client)
+    attempt = await claimed(store, id_, WRITER)
     await attempt.say(events.ToolCalled(tool="search", call="c1", params={"q": "x"}))
     await attempt.say(events.ToolReturned(tool="search", call="c1", output="found"))
-    child = await made(client, "helper", input={"text": "help"}, parent_execution_id=id_)
-    grandchild = await made(client, "helper", input={"text": "more help"}, parent_execution_id=child)
+    child = await invoked(client, "helper", input={"text": "help"}, parent_execution_id=id_)
+    grandchild = await invoked(client, "helper", input={"text": "more help"}, parent_execution_id=child)
     for one in (child, grandchild):
-        await (await begun(store, one, "helper")).complete(f"done {one}")
+        await (await claimed(store, one, "agent:helper")).complete(f"done {one}")
     await attempt.complete("Paris.")
-    await made(client, id=id_, input={"text": "And Spain?"})
-    await (await begun(store, id_)).complete("Madrid.")
+    await invoked(client, id=id_, input={"text": "And Spain?"})
+    await (await claimed(store, id_, WRITER)).complete("Madrid.")
     thread = (await client.get(f"{TASKS}/{id_}/thread")).json()
     said = [("user", "why?"), ("assistant", "Paris."), ("user", "And Spain?"), ("assistant", "Madrid.")]
     assert [(one["role"], one["content"]) for one in thread] == said
@@ -309,19 +296,19 @@ async def test_a_full_thread_is_bounded_never_cut_off(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tasks_, "THREADS_MAX", 2)
-    id_ = await made(client)
-    children = [await made(client, "helper", parent_execution_id=id_) for _ in range(2)]
+    id_ = await invoked(client)
+    children = [await invoked(client, "helper", parent_execution_id=id_) for _ in range(2)]
     assert [*(await client.get(f"{TASKS}/{id_}/thread/full")).json()] == ["root", *children]
-    await made(client, "helper", parent_execution_id=id_)
+    await invoked(client, "helper", parent_execution_id=id_)
     answer = await client.get(f"{TASKS}/{id_}/thread/full")
     assert answer.status_code == 413
     assert "sub-tasks" in answer.json()["detail"]
 
 
 async def test_tasks_that_are_each_others_parents_have_a_full_thread(client: httpx.AsyncClient) -> None:
-    await made(client, id="a", parent_execution_id="b")
-    await made(client, id="b", parent_execution_id="a")
-    await made(client, id="self", parent_execution_id="self")
+    await invoked(client, id="a", parent_execution_id="b")
+    await invoked(client, id="b", parent_execution_id="a")
+    await invoked(client, id="self", parent_execution_id="self")
     assert [*(await client.get(f"{TASKS}/a/thread/full")).json()] == ["root", "b"]
     assert [*(await client.get(f"{TASKS}/self/thread/full")).json()] == ["root"]
     for id_ in ("a", "self"):
@@ -349,8 +336,8 @@ async def test_a_stop_of_what_has_ended_changes_nothing(
 async def test_a_stop_is_seen_at_once_and_takes_sub_tasks_along(
     client: httpx.AsyncClient, store: Store, word: str
 ) -> None:
-    id_ = await made(client)
-    child = await made(client, "helper", parent_execution_id=id_)
+    id_ = await invoked(client)
+    child = await invoked(client, "helper", parent_execution_id=id_)
     await client.patch(f"/agent-execution/{id_}/update", json={"status": word})
     body = (await client.post(f"{TASKS}/{id_}/stop")).json()
     assert (body["status"], body["is_manually_stopped"]) == ("stopped", True)
@@ -361,7 +348,7 @@ async def test_a_stop_is_seen_at_once_and_takes_sub_tasks_along(
 
 
 async def test_stops_that_race_are_one(client: httpx.AsyncClient, store: Store) -> None:
-    id_ = await made(client)
+    id_ = await invoked(client)
     answers = await asyncio.gather(*(client.post(f"{TASKS}/{id_}/stop") for _ in range(5)))
     assert {(answer.status_code, answer.json()["status"]) for answer in answers} == {(200, "stopped")}
     page = await store.events(ORG, id_, "")
@@ -372,11 +359,11 @@ async def test_stops_that_race_are_one(client: httpx.AsyncClient, store: Store) 
 async def test_a_delete_stops_first_takes_sub_tasks_along_and_works_once(
     client: httpx.AsyncClient, store: Store
 ) -> None:
-    id_ = await made(client)
-    attempt = await begun(store, id_)
-    child = await made(client, "helper", parent_execution_id=id_)
-    grandchild = await made(client, "helper", parent_execution_id=child)
-    other = await made(client)
+    id_ = await invoked(client)
+    attempt = await claimed(store, id_, WRITER)
+    child = await invoked(client, "helper", parent_execution_id=id_)
+    grandchild = await invoked(client, "helper", parent_execution_id=child)
+    other = await invoked(client)
     answer = await client.delete(f"{TASKS}/{id_}")
     assert (answer.status_code, answer.content) == (204, b"")
     for gone in (id_, child, grandchild):
@@ -390,15 +377,15 @@ async def test_a_delete_stops_first_takes_sub_tasks_along_and_works_once(
 
 
 async def test_deletes_that_race_are_one(client: httpx.AsyncClient) -> None:
-    id_ = await made(client)
+    id_ = await invoked(client)
     answers = await asyncio.gather(*(client.delete(f"{TASKS}/{id_}") for _ in range(5)))
     assert sorted(answer.status_code for answer in answers) == [204, 404, 404, 404, 404]
 
 
 async def test_a_deleted_id_may_be_used_again(client: httpx.AsyncClient) -> None:
-    await made(client, id="again", input={"text": "old"})
+    await invoked(client, id="again", input={"text": "old"})
     await client.delete(f"{TASKS}/again")
-    assert await made(client, id="again", input={"text": "new"}) == "again"
+    assert await invoked(client, id="again", input={"text": "new"}) == "again"
     thread = (await client.get(f"{TASKS}/again/thread")).json()
     assert [one["content"] for one in thread] == ["new"]
 
