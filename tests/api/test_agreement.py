@@ -227,7 +227,7 @@ async def test_a_turn_follows_whoever_began(client: httpx.AsyncClient, store: St
 async def test_what_only_its_own_dialect_reads_stays_hidden_from_the_other(
     client: httpx.AsyncClient, store: Store
 ) -> None:
-    made = {
+    made: Json = {
         "input": {"text": "q", "user": {"email": "a@b.c"}},
         "additional_context": "ours alone",
         "source": random_id(),

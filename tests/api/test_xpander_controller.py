@@ -129,7 +129,7 @@ async def test_the_other_surfaces_keep_their_paths(client: httpx.AsyncClient) ->
 
 
 async def test_a_created_task_is_pending_and_echoes_what_the_sdk_sends(client: httpx.AsyncClient) -> None:
-    sent = {
+    sent: Json = {
         **dict.fromkeys(("id", "payload_extension", "source", "worker_id", "output_format", "output_schema")),
         **dict.fromkeys(("additional_context", "instructions_override", "test_run_node_id", "user_oidc_token")),
         **dict.fromkeys(("expected_output", "triggering_agent_id", "title", "tool_call_limit", "user_tokens")),
@@ -258,7 +258,10 @@ async def test_a_patch_of_what_has_ended_is_answered_with_the_end(
     if ended in {Status.CANCELLED, Status.TIMED_OUT}:
         await store.append(ORG, id_, events.Cancelled() if ended is Status.CANCELLED else events.TimedOut())
     else:
-        ends = {Status.COMPLETED: events.Completed(result="r"), Status.FAILED: events.Failed(error="f")}
+        ends: dict[Status, events.AnyEvent] = {
+            Status.COMPLETED: events.Completed(result="r"),
+            Status.FAILED: events.Failed(error="f"),
+        }
         await attempt.say(ends.get(ended, events.Errored(error="e")))
     before, passed = await status(client, id_), await said(store, id_)
     tokens = {"prompt_tokens": 5, "completion_tokens": 5}
@@ -414,7 +417,7 @@ async def test_patches_that_race_with_a_stop_never_undo_it(client: httpx.AsyncCl
 
 async def test_a_report_makes_an_ended_task_and_is_said_once(client: httpx.AsyncClient, store: Store) -> None:
     tokens = {"completion_tokens": 4, "prompt_tokens": 3, "cache_read_tokens": 1, "total_tokens": 7}
-    report = {"id": None, "input": "q", "llm_response": {"any": ["json"]}, "tokens": tokens, "is_success": True}
+    report: Json = {"id": None, "input": "q", "llm_response": {"any": ["json"]}, "tokens": tokens, "is_success": True}
     report |= {"result": "r", "duration": 1.5, "used_tools": ["search"]}
     body = (await client.post("/agent-execution/writer/report_task", json=report)).json()
     assert (body["status"], body["result"], body["agent_id"], body["source"]) == ("completed", "r", "writer", "sdk")
@@ -461,7 +464,7 @@ async def test_reports_that_race_are_one_task(client: httpx.AsyncClient, store: 
 async def test_metrics_are_taken_whatever_became_of_the_task(client: httpx.AsyncClient) -> None:
     id_ = await invoked(client)
     await client.delete(f"/agent-execution/{id_}")
-    report = {
+    report: Json = {
         "execution_id": id_,
         "source": "sdk",
         "sub_executions": [],

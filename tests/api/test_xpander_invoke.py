@@ -522,7 +522,7 @@ async def test_a_decision_reaches_the_handler_that_waits_for_it(
         assert (answer.status_code, answer.json()["hitl_request"]) == (200, None)
 
         async def done() -> bool:
-            return (await whole(client, id_))["status"] == "completed"
+            return bool((await whole(client, id_))["status"] == "completed")
 
         await wait_until(done, "the handler went on")
     assert (await whole(client, id_))["result"] == result
