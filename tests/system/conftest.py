@@ -21,6 +21,7 @@ import pytest
 
 from app.settings import Settings
 from app.store import Store, open_store
+from tests.system.examples import Desk
 
 KEY = "sk_test_123456"
 ROOT = Path(__file__).parents[2]
@@ -175,6 +176,11 @@ def server(folder: Path, worker: Worker) -> Iterator[Server]:
 def api(folder: Path, server: Server) -> Iterator[Api]:
     """Another one on the same data, for a test to stop, to kill and to start again."""
     yield from lifetime(Api("api", folder, TASKCAST_GRACE_SECONDS="2"))
+
+
+@pytest.fixture
+def desk(tmp_path: Path, server: Server) -> Desk:
+    return Desk(tmp_path, server.port)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The seed document's own examples, run as they are written: only the task's id and the port differ.
+"""The examples of Shannon's document, run as they are written: only the task's id and the port differ.
 
 They stand in `seeds/`, word for word, with the indentation that the document lost. A `.py3` file is foreign code that
 our formatter and type checker leave alone. Some are parts of a page and use what the page defined above them; so they
@@ -8,31 +8,30 @@ are run as a reader would who pastes one below the other.
 import asyncio
 import hashlib
 import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 
 from tests.system.conftest import KEY, Server, client_of, ended, history, running, submit
+from tests.system.examples import NODE_MODULES, SEEDS, Desk, Outcome, example, needs
 from tests.waiting import wait_until
 
-SEEDS = Path(__file__).parent / "seeds"
-NODE_MODULES = Path(__file__).parent / "node" / "node_modules"
-
-# SHA-256 of each example without its white space, as it occurs in the document.
+# SHA-256 of each example without its white space, as it occurs in its document: Shannon's, or xpander's.
 FINGERPRINTS = {
+    "agent_tasks.yaml": "462d3d88c5b70136",
     "backoff.py3": "e184e1e069a8712d",
     "batch.py3": "b889ccdf7afb0b4d",
     "cache.py3": "a6e047f969c72821",
     "check.sh": "0cd923e73bdf49f9",
     "extract_task_info.py3": "820f3950d5db3647",
     "get_status.js": "17bcfd383b9c3a9b",
+    "list.sh": "55a472cdd3907b66",
+    "list_by_status.sh": "fcc8e0a625fea463",
+    "list_by_user.sh": "d877b1053c4fc967",
     "main.go": "5540d606836294b4",
     "match.py3": "c1741aced84c94cb",
     "monitor.sh": "e8ce20d7f0667de0",
@@ -47,16 +46,8 @@ FINGERPRINTS = {
 QUERY = "What is the capital of France, and since when has it been its capital?"
 FAILURE = "LLM service unavailable: connection timeout"
 ID = "task_abc123"
-SECONDS_MAX = 50
-"""For an example: it polls every two seconds, and Go compiles its library when it is run for the first time."""
 RUNS_MS = 1500
 """A task that an example waits for: longer than the example takes to start, shorter than its pause."""
-
-
-def needs(*programs: str) -> pytest.MarkDecorator:
-    missing = [program for program in programs if not shutil.which(program)]
-    return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)}")
-
 
 needs_axios = pytest.mark.skipif(
     not shutil.which("node") or not (NODE_MODULES / "axios").is_dir(),
@@ -65,65 +56,9 @@ needs_axios = pytest.mark.skipif(
 
 
 def test_the_examples_are_the_documents_word_for_word() -> None:
-    """By their fingerprints: the document is not part of this repository."""
+    """By their fingerprints: the documents are not part of this repository."""
     examples = {file.name: "".join(file.read_text().split()) for file in SEEDS.iterdir()}
     assert {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in examples.items()} == FINGERPRINTS
-
-
-class Outcome(NamedTuple):
-    code: int
-    stdout: str
-    stderr: str
-
-
-class Desk:
-    """Where examples are run."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self._folder, self._port = folder, port
-
-    async def run(self, *command: str, text: str, name: str) -> Outcome:
-        """Runs the command with a file of that name, the text with this server's port in it."""
-        assert "localhost:8080" in text
-        file = self._folder / name
-        file.write_text(text.replace("localhost:8080", f"localhost:{self._port}"))
-        process = await asyncio.create_subprocess_exec(
-            *(str(file) if word == name else word for word in command),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env={**os.environ, "NODE_PATH": str(NODE_MODULES), "PYTHONUTF8": "1"},
-            cwd=self._folder,
-        )
-        try:
-            async with asyncio.timeout(SECONDS_MAX):
-                stdout, stderr = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode is not None
-        return Outcome(process.returncode, stdout.decode(), stderr.decode())
-
-    async def python(self, *texts: str) -> str:
-        """What they print, one below the other; they must end well."""
-        outcome = await self.run(sys.executable, "example.py", text="\n\n".join(texts), name="example.py")
-        assert outcome.code == 0, outcome.stderr
-        return outcome.stdout
-
-
-@pytest.fixture
-def desk(tmp_path: Path, server: Server) -> Desk:
-    return Desk(tmp_path, server.port)
-
-
-def example(name: str, **ids: str) -> str:
-    """Its text, with our tasks' ids in place of the document's."""
-    text = (SEEDS / name).read_text()
-    for old, new in ids.items():
-        text, count = re.subn(rf"\b{old}\b", new, text)
-        assert count == 1
-    return text
 
 
 def status_check(id_: str) -> str:

@@ -51,7 +51,7 @@ async def get(request: Request) -> Response:
 async def list_agents(request: Request) -> Response:
     store, who = store_of(request), member(request)
     asked = query_of(request.query_params, Pages)
-    found, total = await store.agents.list(who.org, offset=(asked.page - 1) * asked.per_page, limit=asked.per_page)
+    found, total = await store.agents.list(who.org, offset=asked.offset, limit=asked.per_page)
     body: Json = {
         "items": [agent_body(agent) for agent in found],
         "total": total,

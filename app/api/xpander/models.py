@@ -21,7 +21,8 @@ BODY_BYTES_MAX = events.EVENT_BYTES_MAX
 INPUT_SHOWN_MAX = 500
 """Bytes of a refused value that its refusal shows again."""
 PER_PAGE_MAX = 50
-PAGE_MAX = 10_000_000
+OFFSET_MAX = 2**53 - 1
+"""Numbers of Lua are exact up to here."""
 INTERNAL_STATUS_MAX = 255
 
 Word = Literal["pending", "executing", "paused", "error", "failed", "completed", "stopped"]
@@ -169,19 +170,24 @@ class Pushed(Model):
 
 
 class Listing(Model):
-    """The query of a list. Filters that are not given do not narrow it."""
+    """The query of a list. Filters that are not given do not narrow it, and one that no task could meet finds none."""
 
-    user_id: Short | None = None
-    parent_task_id: Short | None = None
-    agent_id: Short | None = None
-    triggering_agent_id: Short | None = None
-    internal_status: Short | None = None
+    user_id: str | None = None
+    parent_task_id: str | None = None
+    agent_id: str | None = None
+    triggering_agent_id: str | None = None
+    internal_status: str | None = None
     status: Word | None = None
 
 
 class Pages(Model):
-    page: Annotated[int, Field(ge=1, le=PAGE_MAX)] = 1
+    page: Annotated[int, Field(ge=1)] = 1
     per_page: Annotated[int, Field(ge=1, le=PER_PAGE_MAX)] = 20
+
+    @property
+    def offset(self) -> int:
+        """A page beyond the end is an empty one, however far (§1.1)."""
+        return min((self.page - 1) * self.per_page, OFFSET_MAX)
 
 
 class Paging(Listing, Pages):

@@ -90,7 +90,7 @@ async def _list(request: Request, asked: Paging) -> Response:
     """
     store, who = store_of(request), member(request)
     sought = filter_of(asked, since=asked.from_date, until=asked.to_date)
-    offset = 0 if asked.cursor is not None else (asked.page - 1) * asked.per_page
+    offset = 0 if asked.cursor is not None else asked.offset
     found = await store.list(
         who.org, sought, after=asked.cursor or "", offset=offset, limit=asked.per_page, fields=ITEM
     )
