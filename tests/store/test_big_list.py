@@ -1,28 +1,19 @@
 """Lists of many tasks: random filters against brute force, page by page, and cursors while others write."""
 
-import asyncio
 import random
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
-from msgspec import Struct
 
-from app import events, snapshots
-from app.errors import Conflict, NotFound
-from app.events import Submission
+from app import snapshots
 from app.settings import Settings
 from app.snapshots import Filter
 from app.store import Store
-from app.task import OPEN, STORED, Status, Task
+from app.task import STORED, Task
+from tests.store.many import ORG, TASKS, Made, newest_first, parted, populate, writing
 
-TASKS = 10_000
-OWNERS, AGENTS, USERS, SESSIONS, PARENTS = ("", "u", "v"), 20, 40, 60, 300
-WORDS = ("blue", "green", "")
-STATUSES = (*STORED, *[Status.QUEUED] * 5, *[Status.COMPLETED] * 3)
-"""Nobody can be paused without an attempt: these are held."""
 WRITTEN, COMPARED = 150, 3000
 """Of each kind of write, and of tasks that were found meanwhile, at least so many."""
 FOLLOWED = 500
@@ -34,55 +25,6 @@ FIELDS = (*TOLD, "owner", "session", "agent", "user", "parent", "trigger", "inte
 @pytest.fixture(params=[1, 3], ids=["one partition", "three partitions"])
 def settings(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
     return Settings(data=tmp_path / "data", partitions=request.param)
-
-
-class Made(Struct):
-    """A task as the test knows it, without asking the store."""
-
-    id: str
-    owner: str
-    agent: str
-    user: str
-    session: str
-    parent: str
-    trigger: str
-    internal_status: str = ""
-    status: Status = Status.QUEUED
-    created_at: int = 0
-
-
-async def make(store: Store, chance: random.Random, id_: str) -> Made:
-    made = Made(
-        id=id_,
-        owner=chance.choice(OWNERS),
-        agent=f"a{int(AGENTS * chance.random() ** 2)}",
-        user=f"x{chance.randrange(USERS)}",
-        session=f"s{chance.randrange(SESSIONS)}",
-        parent=chance.choice(["", f"p{chance.randrange(PARENTS)}"]),
-        trigger=chance.choice(["", f"a{chance.randrange(AGENTS)}"]),
-    )
-    told = {name: getattr(made, name) for name in ("id", "owner", "agent", "user", "session", "parent", "trigger")}
-    submitted = await store.submit(Submission(org="o", query="?", submission=id_, **told))
-    made.created_at = submitted.at
-    return made
-
-
-async def restate(store: Store, made: Made, status: Status, word: str) -> None:
-    told = await store.append("o", made.id, events.Restated(to=status.value, internal_status=word))
-    made.status, made.internal_status = told.status, word
-
-
-async def populate(store: Store, chance: random.Random) -> list[Made]:
-    at_once = asyncio.Semaphore(200)
-
-    async def one(number: int) -> Made:
-        async with at_once:
-            made = await make(store, chance, f"{chance.choice('aZ_')}{number}")
-            if (status := chance.choice(STATUSES)) is not Status.QUEUED:
-                await restate(store, made, status, chance.choice(WORDS))
-            return made
-
-    return await asyncio.gather(*(one(number) for number in range(TASKS)))
 
 
 def filters(chance: random.Random, tasks: list[Made]) -> Filter:
@@ -127,15 +69,14 @@ def fits(one: Made | Task, wanted: Filter) -> bool:
 
 
 def found(tasks: list[Made], wanted: Filter) -> list[str]:
-    fitting = [one for one in tasks if fits(one, wanted)]
-    return [one.id for one in sorted(fitting, key=lambda one: (one.created_at, one.id), reverse=True)]
+    return newest_first(one for one in tasks if fits(one, wanted))
 
 
 async def follow(store: Store, wanted: Filter, limit: int, after: str | None = "") -> list[str]:
     """Page by page, each after the cursor of the one before; only the last, or a walk that ended, may be short."""
     ids: list[str] = []
     while after is not None and len(ids) < FOLLOWED:
-        page = await store.list("o", wanted, after=after, limit=limit, fields=FIELDS)
+        page = await store.list(ORG, wanted, after=after, limit=limit, fields=FIELDS)
         assert len(page.tasks) <= limit
         assert len(page.tasks) == limit or page.next is None or page.capped
         assert page.next != after
@@ -154,7 +95,7 @@ async def pages_are_those_of_brute_force(store: Store, chance: random.Random, ta
         sizes.append(len(expected))
         for offset in (0, chance.randrange(len(expected) + 1), len(expected)):
             limit = chance.randrange(1, 40)
-            page = await store.list("o", wanted, offset=offset, limit=limit, fields=FIELDS)
+            page = await store.list(ORG, wanted, offset=offset, limit=limit, fields=FIELDS)
             assert [task.id for task in page.tasks] == expected[offset : offset + limit], wanted
             assert (page.total, page.capped) == (len(expected), False)
             assert (page.next is None) == (offset + limit >= len(expected))
@@ -171,30 +112,9 @@ async def cursors_skip_and_repeat_nothing_while_others_write(
     store: Store, chance: random.Random, tasks: list[Made]
 ) -> list[Made]:
     """Answers the tasks that there are when the writers have stopped."""
-    restless = {one.id: one for one in tasks if int(one.id[1:]) % 5 == 0}
-    still = {one.id: one for one in tasks if one.id not in restless}
-    done, reading = dict.fromkeys(("made", "moved", "deleted"), 0), True
+    restless, still = parted(tasks)
     compared = 0
-
-    async def write(name: str) -> None:
-        while reading:
-            made = await make(store, chance, f"{name}{sum(done.values())}")
-            restless[made.id] = made
-            done["made"] += 1
-            for _ in range(2):
-                with suppress(Conflict, NotFound):  # ended, or another writer deleted it
-                    one = chance.choice([*restless.values()])
-                    await restate(store, one, chance.choice([*OPEN, chance.choice(STORED)]), chance.choice(WORDS))
-                    done["moved"] += 1
-            with suppress(NotFound):
-                gone = chance.choice([*restless])
-                restless.pop(gone, None)
-                await store.delete("o", gone)
-                done["deleted"] += 1
-
-    async with asyncio.TaskGroup() as group:
-        for name in ("n", "m"):
-            group.create_task(write(name))
+    async with writing(store, chance, restless) as done:
         while compared < COMPARED or min(done.values()) < WRITTEN:
             wanted = filters(chance, tasks)
             expected = found([*still.values()], wanted)
@@ -204,7 +124,6 @@ async def cursors_skip_and_repeat_nothing_while_others_write(
             assert len(ids) >= FOLLOWED or len(unmoved) == len(expected), wanted
             assert len(ids) == len({*ids})
             compared += len(unmoved)
-        reading = False
     return [*still.values(), *restless.values()]
 
 
@@ -219,7 +138,7 @@ async def walks_that_end_early_say_so_and_go_on(
         ids = await follow(store, wanted, 30)
         assert ids == expected[: len(ids)], wanted
         assert len(ids) >= min(len(expected), FOLLOWED)
-        page = await store.list("o", wanted, limit=100, fields=FIELDS)
+        page = await store.list(ORG, wanted, limit=100, fields=FIELDS)
         assert [task.id for task in page.tasks] == expected[: len(page.tasks)]
         assert page.capped or page.total == len(expected)
         assert page.total <= len(expected)
