@@ -5,24 +5,25 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 from msgspec import Struct
-from starlette.routing import Route, WebSocketRoute
+from starlette.routing import BaseRoute, Route, WebSocketRoute
 
 from app import ops, remote
-from app.api import shannon, workers
-from app.api.shannon import STATUS
+from app.api import shannon, workers, xpander
 from app.identity import DEVELOPMENT_KEY
 from app.settings import Settings
-from app.task import diagram
+from app.task import Status, diagram
 
 ROOT = Path(__file__).parents[1]
 SERVE = str(ROOT / "scripts" / "serve")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SDK = ROOT / ".venv-xpander"
+"""Where scripts/test installs xpander's SDK; the page has it in `xpander`."""
 SECONDS_MAX = 50
 
 
@@ -41,9 +42,9 @@ def _plain(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) and value >= 100_000 else str(value)
 
 
-def routes_table() -> str:
+def routes_table(routes: Sequence[BaseRoute]) -> str:
     methods: dict[str, set[str]] = {}
-    for route in [*shannon.routes, *ops.routes]:
+    for route in routes:
         if isinstance(route, WebSocketRoute):
             methods.setdefault(route.path, set()).add("WebSocket")
         elif isinstance(route, Route):
@@ -52,9 +53,16 @@ def routes_table() -> str:
     return "\n".join(["| route | methods |", "|---|---|", *rows])
 
 
-def statuses_table() -> str:
-    rows = [f"| {status.replace('_', ' ')} | `{name}` |" for status, name in STATUS.items()]
-    return "\n".join(["| our status | Shannon's |", "|---|---|", *rows])
+def xpander_routes() -> str:
+    """The documents' first, then the controller's."""
+    public = [route for route in xpander.routes if route.path.startswith("/v1/")]
+    controller = routes_table([route for route in xpander.routes if route not in public])
+    return "\n".join([routes_table(public), *controller.splitlines()[2:]])
+
+
+def statuses_table(whose: str, spelled: Mapping[Status, str]) -> str:
+    rows = [f"| {status.replace('_', ' ')} | `{name}` |" for status, name in spelled.items()]
+    return "\n".join([f"| our status | {whose} |", "|---|---|", *rows])
 
 
 def diagram_block() -> str:
@@ -63,8 +71,10 @@ def diagram_block() -> str:
 
 GENERATED: dict[str, Callable[[], str]] = {
     "settings": settings_table,
-    "routes": routes_table,
-    "statuses": statuses_table,
+    "routes": lambda: routes_table([*shannon.routes, *ops.routes]),
+    "statuses": lambda: statuses_table("Shannon's", shannon.STATUS),
+    "xpander routes": xpander_routes,
+    "xpander statuses": lambda: statuses_table("xpander's", xpander.STATUS),
     "diagram": diagram_block,
 }
 
@@ -144,7 +154,14 @@ class Session:
         foreign = {name: value for name, value in os.environ.items() if not name.startswith("TASKCAST_")}
         # The page's commands stand on PATH after its second block; the data lies where `taskcast` looks for it.
         path = f"{Path(sys.executable).parent}:{foreign['PATH']}"
-        self.environment = {**foreign, "PATH": path, "TASKCAST_DATA": str(folder / "data")}
+        # The SDK's worker listens on a port, too: a free one, for other tests may run beside this one.
+        self.environment = {
+            **foreign,
+            "PATH": path,
+            "TASKCAST_DATA": str(folder / "data"),
+            "XPANDER_STREAMING_PORT": "0",
+        }
+        (folder / "xpander").symlink_to(SDK)
         self.shell = subprocess.Popen(
             ["bash"],
             cwd=folder,
@@ -219,25 +236,28 @@ def session(tmp_path: Path) -> Iterator[Session]:
 
 @pytest.mark.timeout(180)  # it starts two servers, one after the other
 def test_a_reader_who_types_every_block_gets_what_the_page_promises(session: Session) -> None:
-    said = ""
+    said: str | None = ""
     for block in blocks():
         if block.mark.startswith("not run: "):
             continue
-        if block.text.startswith("scripts/serve"):
+        if "xpander/bin/" in block.text and not (SDK / ".requirements-xpander.lock").exists():
+            said = None
+        elif block.text.startswith("scripts/serve"):
             session.serve(*block.text.split()[1:])
         elif block.language == "bash":
             said = session.bash(block.text)
         elif block.language == "python":
             said = session.python(block.text)
-        elif block.mark == "prints":
+        elif block.mark == "prints" and said is not None:
             promised = re.escape(block.text.strip()).replace("…", ".*?")
             assert re.search(promised, said, re.DOTALL), f"line {block.line} of the README: not printed, but:\n{said}"
-    for path in re.findall(r"`(/[^`]+)`", between("out of scope")):
-        url = f"http://127.0.0.1:{session.port}{path.replace('{id}', 'x')}"
-        for method in ("GET", "POST"):
-            answer = httpx.request(method, url, headers={"X-API-Key": DEVELOPMENT_KEY})
-            word = "detail" if path.startswith("/v1/") else "error"
-            assert (answer.status_code, list(answer.json())) == (404, [word]), f"{method} {path}"
+    for name in ("out of scope", "xpander out of scope"):
+        for path in re.findall(r"`(/[^`]+)`", between(name)):
+            word = "error" if path.startswith("/api/") else "detail"
+            url = f"http://127.0.0.1:{session.port}{path.replace('{id}', 'x')}"
+            for method in ("GET", "POST"):
+                answer = httpx.request(method, url, headers={"X-API-Key": DEVELOPMENT_KEY})
+                assert (answer.status_code, list(answer.json())) == (404, [word]), f"{method} {path}"
 
 
 def write() -> None:

@@ -12,7 +12,7 @@ from app.settings import Settings
 from app.snapshots import Filter
 from app.store import Store
 from app.task import STORED, Task
-from tests.store.many import ORG, TASKS, Made, newest_first, parted, populate, writing
+from tests.store.many import ORG, OWNERS, TASKS, Made, newest_first, parted, populate, writing
 
 WRITTEN, COMPARED = 150, 3000
 """Of each kind of write, and of tasks that were found meanwhile, at least so many."""
@@ -146,7 +146,7 @@ async def walks_that_end_early_say_so_and_go_on(
     assert 5 < capped < 25
     # A merge is no deeper than a walk, unless a cursor takes it there.
     expected = found(tasks, wanted := Filter(owners=OWNERS))
-    page = await store.list("o", wanted, offset=50, limit=5, fields=FIELDS)
+    page = await store.list(ORG, wanted, offset=50, limit=5, fields=FIELDS)
     assert (page.tasks, page.total, page.capped) == ([], len(tasks), True)
     assert await follow(store, wanted, 30, page.next) == expected[40 : 40 + 510]
 
