@@ -85,6 +85,10 @@ async def _run(submission: Submission, served: dict[str, Handler], decide: Decid
     return Run(task(store.snapshot.fields), [entry.event for entry in store.entries])
 
 
+async def _nobody(*_: str) -> None:
+    """No agent has a record."""
+
+
 class Rehearsal:
     """As much of a `Store` as the attempts of one task use."""
 
@@ -92,6 +96,7 @@ class Rehearsal:
         self.settings = Settings()
         self.queues = SimpleNamespace(follow_up=self._follow_up)
         self.partitions = SimpleNamespace(secret=b"rehearsal")
+        self.agents = SimpleNamespace(get=_nobody)
         self.snapshot: Snapshot = EMPTY
         self.entries: list[Entry] = []
         self.problem: BaseException | None = None
