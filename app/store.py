@@ -83,8 +83,11 @@ class Store:
 
     async def hide(self, org: str, task: str, submission: str, secrets: Json) -> None:
         """Keeps what a turn's worker needs and nobody else may read: in no event, snapshot or list, and for a day only.
-        Said before the turn, so that no worker gets it without. Raises TooLarge.
+        Said before the turn, so that no worker gets it without; nothing: forgets what was hidden. Raises TooLarge.
         """
+        if not secrets:
+            await self.door.call("DEL", self._secrets(org, task, submission), repeat=True)
+            return
         raw = msgspec.json.encode(secrets)
         if len(raw) > SECRETS_BYTES_MAX:
             raise TooLarge(f"The secrets have {len(raw)} bytes; at most {SECRETS_BYTES_MAX} are allowed.")

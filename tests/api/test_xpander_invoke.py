@@ -647,7 +647,9 @@ async def test_secrets_reach_no_log_frame_list_or_answer(store: Store, server: S
     for name in await store.door.read("KEYS", "*:secrets:*"):
         assert 0 < await store.door.read("TTL", name) <= 24 * 3600
     await invoked(client, id=first)  # a turn that brings none has none
-    assert await store.hidden(ORG, first) == {}
+    found = await store.get(ORG, first)
+    assert found is not None
+    assert await store.hidden(found) == {}
     for id_ in (first, made["id"]):
         await client.delete(f"/v1/tasks/{id_}")
     assert await holders(store) == set()

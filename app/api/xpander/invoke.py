@@ -5,8 +5,8 @@ follows in frames of `data:` alone, each with the whole task where its state mov
 """
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import structlog
@@ -20,8 +20,8 @@ from app.api.xpander.models import Invocation, body_of, id_of
 from app.api.xpander.paths import member
 from app.api.xpander.spelling import connected, control, frame, frame_extended, schema_of, secrets, submission, turn
 from app.api.xpander.tasks import again, whole
-from app.errors import Conflict, NotFound
-from app.events import Submission
+from app.errors import Conflict, Invalid, NotFound
+from app.events import Json, Submission
 from app.frames import Spelling, encode, spelling
 from app.identity import Identity
 from app.requests import actor, changed, reply, store_of
@@ -51,9 +51,8 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     if known is None:
         made = submission(asked, agent, who, source=source, kind=kind)
         made = replace(made, extra={**made.extra, "agent_version": version})
-        if hidden:
-            await store.hide(who.org, made.id, made.submission, hidden)
-        await _submit(store, who, made)
+        async with _hiding(store, who.org, made.id, made.submission, hidden):
+            await _submit(store, who, made)
         logger.info("task.submitted", task_id=made.id, org=who.org, agent=agent_id)
         id_ = made.id
     elif known.agent != agent_id:
@@ -61,19 +60,32 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     else:
         said = turn(known, asked, agent, actor(who), kind=kind)
         said = replace(said, extra={**said.extra, "agent_version": version})
-        if hidden:
-            await store.hide(who.org, known.id, said.submission, hidden)
         try:
-            await store.append(who.org, known.id, said)
+            async with _hiding(store, who.org, known.id, said.submission, hidden):
+                await store.append(who.org, known.id, said)
         except Conflict as error:
             sentence = "The task is still at work on its last turn; wait for its end, or stop it."
             raise Conflict(sentence, error.status) from error
+        await store.hide(who.org, known.id, known.submission, {})  # those of the turn before
         logger.info("task.continued", task_id=known.id, org=who.org, agent=agent_id)
         id_ = known.id
     found = await store.get(who.org, id_)
     if found is None:
         raise NotFound("Task not found")
     return found
+
+
+@asynccontextmanager
+async def _hiding(store: Store, org: str, task: str, submission: str, hidden: Json) -> AsyncIterator[None]:
+    """Of a turn that is refused nothing stays hidden."""
+    if hidden:
+        await store.hide(org, task, submission, hidden)
+    try:
+        yield
+    except (Invalid, NotFound, Conflict):
+        if hidden:
+            await store.hide(org, task, submission, {})
+        raise
 
 
 async def _submit(store: Store, who: Identity, made: Submission) -> None:
