@@ -254,10 +254,9 @@ def test_all_wrong_places_are_told_and_large_values_are_not_shown_again() -> Non
 @pytest.mark.parametrize(
     ("query", "place"),
     [
-        *(({"page": page}, "page") for page in ("0", "-1", "x", "", "10000001")),
+        *(({"page": page}, "page") for page in ("0", "-1", "x", "")),
         *(({"per_page": size}, "per_page") for size in ("0", "51", "1.5")),
         *(({"status": word}, "status") for word in ("queued", "running", "cancelled", "PENDING", "")),
-        ({"user_id": "x" * 257}, "user_id"),
         ({"from_date": "yesterday"}, "from_date"),
         ({"to_date": ""}, "to_date"),
     ],
