@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused_at_its_place(
         (404, "GET", "/v1/tasks/nobody", KEY),
         (404, "DELETE", "/v1/tasks/nobody", KEY),
         (404, "GET", "/v1/tasks/nobody/thread/full", KEY),
-        (404, "GET", "/v1/agents/nobody", KEY),
+        (404, "GET", "/v1/agents/never-used", KEY),
         (404, "GET", "/another-organisation/agent-execution/nobody/status", KEY),
         (404, "GET", "/v1/nowhere", KEY),
     ],
