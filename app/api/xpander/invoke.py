@@ -21,14 +21,15 @@ from app.api.xpander.paths import member
 from app.api.xpander.spelling import connected, control, frame, frame_extended, schema_of, secrets, submission, turn
 from app.api.xpander.tasks import again, whole
 from app.errors import Conflict, Invalid, NotFound
-from app.events import Json, Submission
+from app.events import Entry, Json, Submission
 from app.frames import Spelling, encode, spelling
 from app.identity import Identity
+from app.log import Appended
 from app.requests import actor, changed, reply, store_of
 from app.sse import Stream
 from app.store import Store
 from app.streams import WAITS, Streams
-from app.task import Task
+from app.task import EMPTY, Snapshot, Task, apply, task
 
 logger = structlog.get_logger()
 
@@ -38,7 +39,9 @@ VERSION_CHARACTERS_MAX = 64
 
 
 async def accepted(request: Request, agent_id: str, *, source: str, kind: str = "agent") -> Task:
-    """The task that the body asks for, new or in its next turn. Raises Rejected, Conflict, NotFound, TooLarge."""
+    """The task that the body asks for, new or in its next turn, as it was when that was accepted: a worker may have it by
+    now. Raises Rejected, Conflict, NotFound, TooLarge.
+    """
     store, who = store_of(request), member(request)
     asked = await body_of(request, Invocation)
     if wanted := schema_of(asked):
@@ -46,33 +49,41 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     agent = await store.agents.used(who.org, agent_id)
     version = request.query_params.get("version") or request.headers.get("x-agent-version") or str(agent.version)
     version = version[:VERSION_CHARACTERS_MAX]
-    known = await store.get(who.org, asked.id) if asked.id else None
+    before = await store.snapshots.snapshot(who.org, asked.id) if asked.id else None
     hidden = secrets(asked)
-    if known is None:
+    event: events.AnyEvent
+    if before is None:
         made = submission(asked, agent, who, source=source, kind=kind)
         made = replace(made, extra={**made.extra, "agent_version": version})
+        event = events.Submitted(task=made)
         async with _hiding(store, who.org, made.id, made.submission, hidden):
-            await _submit(store, who, made)
+            appended = await _submit(store, who, made)
         logger.info("task.submitted", task_id=made.id, org=who.org, agent=agent_id)
-        id_ = made.id
-    elif known.agent != agent_id:
+        return _then(EMPTY, made.id, event, appended)
+    known = task(before.fields)
+    if known.agent != agent_id:
         raise NotFound("Task not found")
-    else:
-        said = turn(known, asked, agent, actor(who), kind=kind)
-        said = replace(said, extra={**said.extra, "agent_version": version})
-        try:
-            async with _hiding(store, who.org, known.id, said.submission, hidden):
-                await store.append(who.org, known.id, said)
-        except Conflict as error:
-            sentence = "The task is still at work on its last turn; wait for its end, or stop it."
-            raise Conflict(sentence, error.status) from error
-        await store.hide(who.org, known.id, known.submission, {})  # those of the turn before
-        logger.info("task.continued", task_id=known.id, org=who.org, agent=agent_id)
-        id_ = known.id
-    found = await store.get(who.org, id_)
-    if found is None:
-        raise NotFound("Task not found")
-    return found
+    said = turn(known, asked, agent, actor(who), kind=kind)
+    event = replace(said, extra={**said.extra, "agent_version": version})
+    try:
+        async with _hiding(store, who.org, known.id, said.submission, hidden):
+            appended = await store.append(who.org, known.id, event)
+    except Conflict as error:
+        sentence = "The task is still at work on its last turn; wait for its end, or stop it."
+        raise Conflict(sentence, error.status) from error
+    await store.hide(who.org, known.id, known.submission, {})  # those of the turn before
+    logger.info("task.continued", task_id=known.id, org=who.org, agent=agent_id)
+    if not known.terminal:  # it ended since it was looked at
+        return await again(store, known)
+    return _then(before, known.id, event, appended)
+
+
+def _then(before: Snapshot, id_: str, event: events.AnyEvent, appended: Appended) -> Task:
+    fence = int(before.fields.get("fence", "0"))
+    entry = Entry(
+        id=appended.id, task=id_, seq=appended.seq, at=appended.at, fence=fence, attempt=0, n=0, event=event, size=0
+    )
+    return task(apply(before, entry).fields)
 
 
 @asynccontextmanager
@@ -88,14 +99,14 @@ async def _hiding(store: Store, org: str, task: str, submission: str, hidden: Js
         raise
 
 
-async def _submit(store: Store, who: Identity, made: Submission) -> None:
+async def _submit(store: Store, who: Identity, made: Submission) -> Appended:
     if made.parent and made.parent != made.id:
         # Said by the parent, so that a cancel of it reaches the new task; one that has ended says nothing any more.
         with suppress(Conflict, NotFound):
             child = events.ChildSubmitted(actor=actor(who), task=made)
             await store.append(who.org, made.parent, child, operation=f"child:{made.submission}")
     try:
-        await store.submit(made, actor=actor(who))
+        return await store.submit(made, actor=actor(who))
     except Conflict as error:
         sentence = f"A task with the id {made.id} was made at the same moment; ask again to continue it."
         raise Conflict(sentence, error.status) from error
