@@ -14,6 +14,7 @@ from app import events, sse
 from app.api.xpander import executions
 from app.api.xpander.spelling import NEWER
 from app.events import Json
+from app.log import Appended
 from app.settings import Settings
 from app.store import Store
 from app.task import TERMINAL, Status
@@ -410,6 +411,24 @@ async def test_patches_that_race_with_a_stop_never_undo_it(client: httpx.AsyncCl
         ends = [entry for entry in page.entries if getattr(entry.event, "to", "") in TERMINAL]
         assert len(ends) + [events.tag(entry.event) for entry in page.entries].count("cancelled") == 1
     assert [difference async for difference in store.snapshots.verify()] == []
+
+
+async def test_a_patch_that_a_stop_overtakes_changes_nothing(
+    client: httpx.AsyncClient, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id_ = await invoked(client)
+    await patched(client, id_, status="executing")
+    append = store.append
+
+    async def overtaken(org: str, task: str, event: events.AnyEvent, **more: Any) -> Appended:
+        monkeypatch.undo()
+        await append(ORG, id_, events.Cancelled())
+        return await append(org, task, event, **more)
+
+    monkeypatch.setattr(store, "append", overtaken)
+    late = await patched(client, id_, status="executing", result="late")
+    assert (late["status"], late["result"]) == ("stopped", None)
+    assert await said(store, id_) == ["submitted", "restated", "cancelled"]
 
 
 # Reports, metrics, activity

@@ -118,6 +118,9 @@ async def test_pages_have_bounds_and_one_beyond_the_end_is_empty(client: httpx.A
     body = await listed(client, page=4, per_page=2)
     assert (body["total"], body["page"], body["per_page"], body["total_pages"]) == (5, 4, 2, 3)
     assert await ids(client, per_page=50) == every
+    assert await ids(client, page=10**30, per_page=50) == []
+    for name in ("user_id", "agent_id", "parent_task_id", "triggering_agent_id", "internal_status"):
+        assert await ids(client, **{name: "x" * 2000}) == []
     for wrong in (
         {"page": 0},
         {"page": "x"},
