@@ -21,7 +21,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app.errors import Gone, Invalid, NotFound
-from app.events import Entry, Submitted
+from app.events import Continued, Entry, Submitted
 from app.log import Logged, LogPage, Page
 from app.task import EMPTY, OPEN, TERMINAL, Snapshot, Status, apply
 
@@ -195,7 +195,10 @@ class Place:
 class TaskReader(Place):
     """Reads one task."""
 
-    __slots__ = ("_born", "_check", "_gap", "_since", "_start", "_state", "ended", "org", "sink", "strict", "task")
+    __slots__ = (
+        *("_born", "_check", "_gap", "_since", "_start", "_state", "_turn"),
+        *("ended", "org", "sink", "strict", "task"),
+    )
 
     def __init__(
         self,
@@ -208,14 +211,14 @@ class TaskReader(Place):
         folded_from: int | None = None,
     ) -> None:
         """`snapshot`: begin with the present state. `strict`: a gap is an error, Gone. `folded_from`: read the whole
-        history, and give the entries from that number on, each with the state after it.
+        history, and give the entries from that number on, each with the state after it, until the next turn begins.
         """
         super().__init__(after)
         assert folded_from is None or not (after or snapshot or strict), "a fold begins where the history does"
         self._state: Snapshot | None = None if folded_from is None else EMPTY
         self._born = 0
         """When the task was made that it folds, µs: another one may have its id by the time that it folds again."""
-        self._since = folded_from or 0
+        self._since = self._turn = folded_from or 0
         self.org, self.task = org, task
         self.strict = strict
         self.ended = False
@@ -306,6 +309,8 @@ class TaskReader(Place):
             self._gap = answer
             return []
         items = self._told(answer.entries)
+        if self.ended:
+            return items
         if answer.entries:
             self.after, self.number = answer.entries[-1].id, answer.entries[-1].seq
             if self.number < answer.last_seq:
@@ -325,6 +330,8 @@ class TaskReader(Place):
             self._born = entries[0].at
         told: list[Item] = []
         for entry in entries:
+            if entry.seq > self._turn and isinstance(entry.event, Continued):
+                return [*told, *self._end("", entry.seq - 1)]
             self._state = apply(self._state, entry)
             if entry.seq >= self._since:
                 told.append(replace(entry, after=self._state.fields))
@@ -347,7 +354,10 @@ class TaskReader(Place):
             self._since = self.number + 1
         latest = max(gap.last_seq, self.number)  # the snapshot was read after the page
         earliest = self.number + 1 if gap.gap == "trimmed" else gap.base_seq + 1
-        return [Gap(reason=gap.gap, earliest=earliest, latest=latest, snapshot=snapshot)]
+        told: Item = Gap(reason=gap.gap, earliest=earliest, latest=latest, snapshot=snapshot)
+        if self._state is not None and int(snapshot.fields.get("turn_seq", "0")) > self._turn:
+            return [told, *self._end("", self.number)]
+        return [told]
 
     def _other(self, created_at: int) -> bool:
         """Whether a task that was made then is another one than what it has read before."""
