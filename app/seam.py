@@ -27,6 +27,10 @@ from app.task import EMPTY, OPEN, TERMINAL, Snapshot, Status, apply
 
 PAGE_ENTRIES = 200
 """Of history, per read; a page also ends at 1 MiB."""
+PAGE_BYTES = 1024 * 1024
+"""Of states, that a folding reader gives at once."""
+FIRST_STATE_BYTES = 256 * 1024
+"""What a task's first entry may make of nothing."""
 MATCHING_MAX = 1000
 """Unfinished tasks with which a stream of many may begin, and ids that it may name."""
 STATE_BYTES_MAX = 16 * 1024 * 1024
@@ -262,7 +266,14 @@ class TaskReader(Place):
             return WantSnapshot(self.org, self.task, base=False)
         if self._gap:
             return WantSnapshot(self.org, self.task, base=self._gap.gap == "trimmed")
-        return WantPage(self.org, self.task, self.after, self._check)
+        return WantPage(self.org, self.task, self.after, self._check, self._page_entries())
+
+    def _page_entries(self) -> int:
+        """So many that a page of whole states stays small: half a megabyte may stand in each."""
+        if self._state is None:
+            return PAGE_ENTRIES
+        size = self._state.size or FIRST_STATE_BYTES
+        return max(1, min(PAGE_ENTRIES, PAGE_BYTES // size))
 
     def offer(self, one: Logged) -> None:
         was_live = self.live

@@ -251,6 +251,15 @@ def test_all_wrong_places_are_told_and_large_values_are_not_shown_again() -> Non
     assert "input" not in places["body", "id"]
 
 
+def test_of_a_long_list_one_wrong_item_is_told() -> None:
+    with pytest.raises(Rejected) as caught:
+        checked(Invocation, {"input": {"files": [0] * 100_000}, "mcp_servers": [1] * 100_000}, "body")
+    assert [place["loc"] for place in caught.value.places] == [
+        ["body", "input", "files", 0],
+        ["body", "mcp_servers", 0],
+    ]
+
+
 @pytest.mark.parametrize(
     ("query", "place"),
     [

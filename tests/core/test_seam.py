@@ -12,9 +12,10 @@ from msgspec.structs import replace
 
 from app import events
 from app.errors import Gone, NotFound
-from app.events import AnyEvent, Entry, Submission
+from app.events import EVENT_BYTES_MAX, AnyEvent, Entry, Submission
 from app.log import Head, Logged, LogPage, Page
 from app.seam import (
+    PAGE_BYTES,
     Answer,
     Began,
     Ended,
@@ -584,6 +585,19 @@ def told_folded(run: Run, since: int) -> None:
         assert at == max(task.seq, since - 1)
         assert life in {-1, task.life}
     assert not run.reader.ended or isinstance(run.got[-1], Ended)
+
+
+def test_a_folding_reader_asks_for_pages_whose_states_stay_small() -> None:
+    reader = TaskReader(ORG, "t0", "", folded_from=1)
+    first = reader.want()
+    assert isinstance(first, WantPage)
+    assert 1 <= first.limit * EVENT_BYTES_MAX <= PAGE_BYTES
+    submitted = events.Submitted(task=Submission(id="t0", org=ORG, submission="s", query="x" * 200_000))
+    entry = Entry(id="1-0", task="t0", seq=1, at=1, fence=0, attempt=0, n=0, event=submitted, size=1)
+    reader.arrived(Page(status=QUEUED, last_seq=900, last_id="9-0", base_seq=0, gap="", entries=[entry]))
+    further = reader.want()
+    assert isinstance(further, WantPage)
+    assert 1 <= further.limit <= PAGE_BYTES // 200_000
 
 
 SELECTIONS = st.sampled_from(

@@ -29,6 +29,9 @@ Word = Literal["pending", "executing", "paused", "error", "failed", "completed",
 Effort = Literal["low", "medium", "high", "xhigh"]
 Id = Annotated[str, Field(pattern=rf"^{events.ID.pattern}$")]
 Short = Annotated[str, Field(max_length=256)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
+Documents = Annotated[list[Json], Field(fail_fast=True)]
+"""Of a long list the first wrong item is told, not each: the answer would be fifty times the request."""
 
 B = TypeVar("B", bound=BaseModel)
 
@@ -58,8 +61,8 @@ class User(Model):
 
 class Input(Model):
     text: str | None = None
-    files: list[str] | None = None
-    attachments: list[Json] | None = None
+    files: Texts | None = None
+    attachments: Documents | None = None
     user: User | None = None
     principal: Json | None = None
 
@@ -82,7 +85,7 @@ class Invocation(Model):
     title: str | None = None
     triggering_agent_id: Short | None = None
     events_streaming: bool | None = None
-    mcp_servers: list[Json] | None = None
+    mcp_servers: Documents | None = None
     think_mode: Literal["default", "harder"] | None = None
     disable_attachment_injection: bool | None = None
     instructions_override: str | None = None
@@ -129,7 +132,7 @@ class Update(Model):
     payload_extension: Json | None = None
     tool_call_payload_extension: Json | None = None
     additional_context: str | None = None
-    used_tools: list[str] | None = None
+    used_tools: Texts | None = None
     used_mutating_tools: bool | None = None
     duration: float | None = None
 
@@ -144,7 +147,7 @@ class Report(Model):
     is_success: bool | None = None
     result: str | None = None
     duration: Annotated[float, Field(ge=0, le=10 * 366 * 86400)] | None = None
-    used_tools: list[str] | None = None
+    used_tools: Texts | None = None
 
 
 class Counted(Model):
@@ -214,7 +217,7 @@ async def list_of(request: Request, model: type[B]) -> list[B]:
     """Of a body that is an array. Raises Rejected, TooLarge."""
     raw = _json_of(await read_body(request, BODY_BYTES_MAX), empty=False)
     if not isinstance(raw, list):
-        raise Rejected([_place(("body",), "list_type", "Input should be a valid list", raw)])
+        raise Rejected([wrong(("body",), "list_type", "Input should be a valid list", raw)])
     return [checked(model, one, "body", i) for i, one in enumerate(raw)]
 
 
@@ -228,7 +231,7 @@ def id_of(request: Request, name: str) -> str:
     value: str = request.path_params[name]
     if not events.ID.fullmatch(value):
         sentence = f"String should match pattern '^{events.ID.pattern}$'"
-        raise Rejected([_place(("path", name), "string_pattern_mismatch", sentence, value)])
+        raise Rejected([wrong(("path", name), "string_pattern_mismatch", sentence, value)])
     return value
 
 
@@ -238,7 +241,7 @@ def checked(model: type[B], raw: Any, *place: str | int) -> B:
         return model.model_validate(raw)
     except ValidationError as error:
         found = error.errors(include_url=False, include_context=False)
-        places = [_place((*place, *one["loc"]), one["type"], one["msg"], one["input"]) for one in found]
+        places = [wrong((*place, *one["loc"]), one["type"], one["msg"], one["input"]) for one in found]
         raise Rejected(places) from error
 
 
@@ -246,18 +249,18 @@ def _json_of(raw: bytes, *, empty: bool) -> Any:
     if not raw:
         if empty:
             return {}
-        raise Rejected([_place(("body",), "missing", "Field required", None)])
+        raise Rejected([wrong(("body",), "missing", "Field required", None)])
     try:
         return json_of(raw)
     except Invalid as error:
         sentence = str(error).removeprefix("Invalid request body: ")
-        raise Rejected([_place(("body",), "json_invalid", f"JSON decode error: {sentence}", {})]) from error
+        raise Rejected([wrong(("body",), "json_invalid", f"JSON decode error: {sentence}", {})]) from error
 
 
-def _place(loc: tuple[str | int, ...], kind: str, sentence: str, said: Any) -> Json:
-    place: Json = {"type": kind, "loc": [*loc], "msg": sentence}
+def wrong(loc: tuple[str | int, ...], kind: str, sentence: str, said: Any) -> Json:
+    told: Json = {"type": kind, "loc": [*loc], "msg": sentence}
     try:
         shown = msgspec.json.encode(said)
     except (TypeError, ValueError, RecursionError):
-        return place
-    return {**place, "input": said} if len(shown) <= INPUT_SHOWN_MAX else place
+        return told
+    return {**told, "input": said} if len(shown) <= INPUT_SHOWN_MAX else told

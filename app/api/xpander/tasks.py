@@ -15,10 +15,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import events
-from app.api.xpander.models import Decision, Listing, Paging, body_of, id_of, query_of
+from app.api.xpander.models import Decision, Listing, Paging, Rejected, body_of, id_of, query_of, wrong
 from app.api.xpander.paths import member
 from app.api.xpander.spelling import ASKED, messages, task_body, task_item
-from app.errors import Conflict, NotFound, TooLarge
+from app.errors import Conflict, Invalid, NotFound, TooLarge
 from app.events import Json
 from app.identity import Identity
 from app.log import random_id
@@ -91,9 +91,12 @@ async def _list(request: Request, asked: Paging) -> Response:
     store, who = store_of(request), member(request)
     sought = filter_of(asked, since=asked.from_date, until=asked.to_date)
     offset = 0 if asked.cursor is not None else asked.offset
-    found = await store.list(
-        who.org, sought, after=asked.cursor or "", offset=offset, limit=asked.per_page, fields=ITEM
-    )
+    try:
+        found = await store.list(
+            who.org, sought, after=asked.cursor or "", offset=offset, limit=asked.per_page, fields=ITEM
+        )
+    except Invalid as error:
+        raise Rejected([wrong(("query", "cursor"), "value_error", str(error), asked.cursor)]) from error
     body: Json = {
         "items": [task_item(task) for task in found.tasks],
         "total": found.total,
