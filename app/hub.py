@@ -15,7 +15,6 @@ from contextlib import asynccontextmanager, suppress
 from typing import Protocol
 
 import structlog
-from msgspec.structs import fields
 
 from app.connect import Door
 from app.crowd import Audience, Crowd, Member
@@ -41,8 +40,8 @@ from app.seam import (
     WantSnapshot,
     WantState,
 )
-from app.snapshots import Filter, Snapshots
-from app.task import Snapshot, Status, Task
+from app.snapshots import IDENTITY, Filter, Snapshots
+from app.task import Snapshot, Status
 
 logger = structlog.get_logger()
 
@@ -55,7 +54,6 @@ REPLAYS = 4
 """Pages that are read for replaying readers at the same time."""
 STATE_BATCH = 50
 """Snapshots that are read at once."""
-_IDENTITY = tuple(field.name for field in fields(Task) if field.required)
 OFFERED_MAX = 1000
 """Readers offered an entry before others get their turn: one tick of the loop writes to about so many sockets."""
 
@@ -417,7 +415,7 @@ class Hub:
                 agent=selection.agent,
                 statuses=selection.open_statuses,
             )
-            listed = await self._snapshots.list(selection.org, sought, limit=MATCHING_MAX + 1, fields=_IDENTITY)
+            listed = await self._snapshots.list(selection.org, sought, limit=MATCHING_MAX + 1, fields=IDENTITY)
             ids, more = [task.id for task in listed.tasks], listed.capped or len(listed.tasks) > MATCHING_MAX
         statuses: dict[str, Status] = {}
         found: list[Snapshot] = []

@@ -19,7 +19,7 @@ from app.connect import BLOCK_SECONDS, Arg, Door, Line
 from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
-from app.task import GONE, TERMINAL, THREAD_BYTES_MAX, Snapshot, Status, apply, rows
+from app.task import GONE, TERMINAL, THREAD_BYTES_MAX, THREAD_MESSAGES_MAX, Snapshot, Status, apply, rows
 
 PAGE_ENTRIES = 500
 """Of history, per read; a page also ends at 1 MiB."""
@@ -473,7 +473,9 @@ def refusal(code: str, event: AnyEvent, status: str) -> TaskcastError:
         case "text_full":
             return TooLarge(f"The task's text would exceed {events.TEXT_BYTES_MAX} bytes.")
         case "thread_full":
-            return TooLarge(f"The task's conversation would exceed {THREAD_BYTES_MAX} bytes.")
+            return TooLarge(
+                f"The task's conversation would exceed {THREAD_BYTES_MAX} bytes, or {THREAD_MESSAGES_MAX} messages."
+            )
         case _:
             return Conflict(f"A task that is {status.replace('_', ' ')} cannot be {name}.", status)
 
@@ -512,6 +514,11 @@ def base32(number: int) -> str:
 
 def random_id() -> str:
     return base32(secrets.randbits(128))
+
+
+def once() -> str:
+    """A name for an operation that only this call may repeat, when an answer is lost."""
+    return f"once:{random_id()}"
 
 
 def canonical_hash(body: Any) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import fields
 
 from app import events, keys
 from app.connect import Arg, Door
@@ -32,6 +33,8 @@ THREAD_PAGE = 100
 _LARGE = frozenset({"context", "extra", "result", "checkpoint", "request", "plan", "output_schema", "stated"})
 LISTED = tuple(name for name in Task.__struct_fields__ if name not in _LARGE)
 """What a list reads of each task: everything but what may be large."""
+IDENTITY = tuple(field.name for field in fields(Task) if field.required)
+"""Which task it is, and where it stands: the least that a list can read."""
 
 
 class Listed(Struct, frozen=True):

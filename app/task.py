@@ -158,6 +158,7 @@ TURN = (
 )
 """What a turn was asked, and what it leaves, that the next one must not find."""
 THREAD_BYTES_MAX = 8 * 1024 * 1024
+THREAD_MESSAGES_MAX = 10_000
 """Of a conversation's events, over all turns; beyond it tool calls and new turns are refused, results are not."""
 MAX_ATTEMPTS = 3
 """Of a task of which neither its submission nor its worker's function says how many."""

@@ -1,5 +1,6 @@
 -- Events of an existing task, in order; the first that is refused ends the call. KEYS[1] its snapshot.
--- ARGV: org, id, fence ('' when no worker speaks), operation ('' or a name under which the outcome is kept 24 h),
+-- ARGV: org, id, fence ('' when no worker speaks), operation ('' or a name under which the outcome is kept: 24 h, or a
+-- minute if it begins with `once:`),
 -- a set and the score in it that the caller saw (both '' without), submission (of a new turn, else ''); then per event
 -- its producer number ('' without), type, event, rows.
 -- Answers one reply per event that was looked at: {code, then where the task stands}. Codes: ok · duplicate · not_found
@@ -76,5 +77,8 @@ for i = 10, #ARGV, 4 do
   replies[#replies + 1] = one
   if one[1] ~= 'ok' and one[1] ~= 'duplicate' then return replies end
 end
-if operation ~= '' then redis.call('SET', outcome, cjson.encode(replies), 'EX', 86400) end
+if operation ~= '' then
+  local seconds = string.sub(operation, 1, 5) == 'once:' and 60 or 86400
+  redis.call('SET', outcome, cjson.encode(replies), 'EX', seconds)
+end
 return replies

@@ -13,7 +13,9 @@ LOG_BYTES_PER_MARK = tonumber(LOG_BYTES_PER_MARK)
 local LOG_MARKS = 64
 local TEXT_BYTES = 196608
 local THREAD_BYTES = 8388608
+local THREAD_MESSAGES = 10000
 local WAKE_TOKENS = 64
+local WAKE_SECONDS = 3600
 local QUEUES = 200
 -- The largest whole number that Lua holds exactly.
 local SUM_MAX = 9007199254740991
@@ -143,7 +145,8 @@ local function prepare(plan)
   if change.thread then
     touch('list', plan.thread)
     plan.thread_size = tonumber(before.thread_size or '0') + #plan.event
-    if change.thread == 'bounded' and plan.thread_size > THREAD_BYTES then return 'thread_full' end
+    local full = plan.thread_size > THREAD_BYTES or redis.call('LLEN', plan.thread) >= THREAD_MESSAGES
+    if change.thread == 'bounded' and full then return 'thread_full' end
   end
   local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
   plan.marks = plan.seq - marked_seq >= EVENTS_PER_MARK or plan.size - marked_size >= BYTES_PER_MARK
@@ -331,9 +334,10 @@ local function write(plan)
     if after.ready_at then when = tonumber(after.ready_at) end
     redis.call('ZADD', key('ready', after.queue), digits(when), plan.member)
     redis.call('ZADD', key('ready-of', plan.org .. ':' .. after.queue), digits(when), plan.member)
-    if redis.call('RPUSH', key('wake', after.queue), '1') > WAKE_TOKENS then
-      redis.call('LTRIM', key('wake', after.queue), -WAKE_TOKENS, -1)
-    end
+    local tokens = redis.call('RPUSH', key('wake', after.queue), '1')
+    -- Of a queue that nobody serves nothing shall stay.
+    if tokens == 1 then redis.call('EXPIRE', key('wake', after.queue), WAKE_SECONDS) end
+    if tokens > WAKE_TOKENS then redis.call('LTRIM', key('wake', after.queue), -WAKE_TOKENS, -1) end
   elseif change.ready == 'remove' then
     redis.call('ZREM', key('ready', after.queue), plan.member)
     redis.call('ZREM', key('ready-of', plan.org .. ':' .. after.queue), plan.member)

@@ -24,7 +24,7 @@ from app.events import AnyEvent, Submission, TextDelta
 from app.log import BATCH_EVENTS_MAX, Appended, open_partitions, said
 from app.settings import Settings
 from app.store import Store, open_store
-from app.task import THREAD_BYTES_MAX, Status, Task
+from app.task import THREAD_BYTES_MAX, THREAD_MESSAGES_MAX, Status, Task
 
 
 def submission(id_: str = "t", **more: Any) -> Submission:
@@ -325,6 +325,9 @@ async def test_every_key_of_a_used_store_is_declared_with_its_type(store: Store)
     await store.delete("o", "t2")
     await store.snapshots.retitle_session("o", "u", "s", "Title")
     await store.agents.used("o", "a")
+    await store.hide("o", "t", "s", {"user_tokens": {}})
+    await store.registrations.add("o", "a")
+    passing = {"claim", "outcome", "tombstone", "wake", "secrets", "worker"}
     seen = set()
     async for name in store.snapshots._scan("*"):
         if name == keys.DEPLOYMENT:
@@ -333,10 +336,10 @@ async def test_every_key_of_a_used_store_is_declared_with_its_type(store: Store)
         assert kind is not None, f"{name} is not declared in keys.py"
         assert (await store.door.read("TYPE", name)).decode() == kind.type, name
         expires = await store.door.read("TTL", name) >= 0
-        assert expires == (kind.name in {"claim", "outcome", "tombstone"}), name
+        assert expires == (kind.name in passing), name
         seen.add(kind.name)
     assert seen >= {"log", "count", "task", "events", "index", "sessions", "session", "ready", "queues", "wake", "due"}
-    assert {"claim", "outcome", "tombstone"} <= seen
+    assert passing <= seen
 
 
 async def test_a_store_that_is_full_says_so_and_goes_on_reading_and_deleting(store: Store) -> None:
@@ -572,6 +575,16 @@ async def test_usage_that_an_owner_states_counts_once_when_it_ends_the_task(stor
 CALL = events.ToolCalled(tool="t", params={"q": "x" * 200_000})
 
 
+async def test_a_conversation_of_very_many_messages_is_full(store: Store) -> None:
+    fence = await started(store)
+    small = events.ToolCalled(tool="t")
+    for i in range(0, THREAD_MESSAGES_MAX, 200):
+        answers = await extend(store, "t", [small] * 200, fence=fence, n=i + 1)
+    assert told(answers[:-1]) == ["ok"] * 199
+    assert isinstance(answers[-1], TooLarge)  # the question is the first of them
+    assert len(await store.thread("o", "t")) == THREAD_MESSAGES_MAX
+
+
 async def test_a_full_conversation_refuses_calls_and_questions_but_no_result(store: Store) -> None:
     fence = await started(store)
     n = 0
@@ -581,7 +594,8 @@ async def test_a_full_conversation_refuses_calls_and_questions_but_no_result(sto
             break
         n += 1
     assert isinstance(outcome, TooLarge)
-    assert str(outcome) == f"The task's conversation would exceed {THREAD_BYTES_MAX} bytes."
+    limits = f"{THREAD_BYTES_MAX} bytes, or {THREAD_MESSAGES_MAX} messages"
+    assert str(outcome) == f"The task's conversation would exceed {limits}."
     full = (await now(store)).thread_size
     assert full <= THREAD_BYTES_MAX < full + len(events.encode(CALL))
     before = await store.snapshots.snapshot("o", "t")
@@ -619,7 +633,7 @@ async def test_a_full_conversation_refuses_no_result_that_an_owner_states(store:
 
 def test_the_script_knows_the_bound_of_a_conversation() -> None:
     lua = (files("app") / "lua" / "commit.lua").read_text()
-    assert f"local THREAD_BYTES = {THREAD_BYTES_MAX}\n" in lua
+    assert f"local THREAD_BYTES = {THREAD_BYTES_MAX}\nlocal THREAD_MESSAGES = {THREAD_MESSAGES_MAX}\n" in lua
 
 
 async def test_a_wrong_type_under_a_conversation_stops_the_step_before_its_first_write(store: Store) -> None:

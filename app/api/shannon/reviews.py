@@ -24,7 +24,7 @@ from app.api.shannon.tasks import may_steer, task_id
 from app.errors import Conflict, Forbidden, Invalid, NotFound
 from app.events import Json
 from app.identity import caller
-from app.log import random_id
+from app.log import once
 from app.requests import LATER, actor, changed, json_of, read_body, reply, store_of
 from app.store import Store
 from app.task import Task
@@ -61,7 +61,7 @@ async def review(request: Request) -> Response:
         actor=actor(who), version=task.review_version, approved=approved, feedback="" if approved else message
     )
     try:
-        appended = await store.append(who.org, task.id, event, operation=f"review:{random_id()}")
+        appended = await store.append(who.org, task.id, event, operation=once())
     except Conflict as error:  # somebody else was quicker
         raise Conflict(f"Conflict: {moved}") from error
     logger.info("plan.reviewed", task_id=task.id, org=who.org, version=task.review_version, approved=approved)

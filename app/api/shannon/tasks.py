@@ -38,7 +38,7 @@ from app.api.shannon.streams import fails_on_gap
 from app.errors import Conflict, Invalid, NotFound
 from app.events import AnyEvent, Json
 from app.identity import Identity, caller
-from app.log import PAGE_ENTRIES, random_id, task_id_of
+from app.log import PAGE_ENTRIES, once, task_id_of
 from app.requests import LATER, actor, changed, json_of, read_body, reply, store_of
 from app.seam import cursor_of
 from app.snapshots import Filter
@@ -337,8 +337,7 @@ async def _steer(request: Request, verb: str, event: Callable[[str, str], AnyEve
 
 def operation_of(store: Store, who: Identity, verb: str, key: str, *said: str) -> str:
     """The name under which the store keeps an outcome: the same for the same idempotency key, if there is one."""
-    name = task_id_of(store.partitions.secret, verb, who.user, key, *said) if key else random_id()
-    return f"{verb}:{name}"
+    return f"{verb}:{task_id_of(store.partitions.secret, verb, who.user, key, *said)}" if key else once()
 
 
 def _reason(body: bytes) -> str:

@@ -22,7 +22,7 @@ from app.api.xpander.tasks import ITEM, again, filter_of, stopped, task_of, whol
 from app.errors import Conflict, Invalid, NotFound
 from app.events import Json
 from app.identity import Identity
-from app.log import random_id
+from app.log import once
 from app.requests import actor, reply, store_of
 from app.schema import misfit
 from app.store import Store
@@ -32,6 +32,9 @@ logger = structlog.get_logger()
 
 LISTED_MAX = 1000
 """Tasks of an answer that has no pages: the newest."""
+HISTORY_BYTES_MAX = 16 * 1024 * 1024
+"""Of their questions and results, before a page of them, and so of that page too."""
+HISTORY_PAGE = 50
 PUSHED_MAX = 200
 RESTATE_TRIES = 5
 """Of a PATCH whose task moves while it is looked at."""
@@ -60,25 +63,35 @@ async def user_history(request: Request) -> Response:
 
 
 async def _history(request: Request, asked: Listing) -> Response:
+    """At most LISTED_MAX rows, and HISTORY_BYTES_MAX; `X-Total-Capped` says that there are more."""
     store, who = store_of(request), member(request)
-    found = await store.list(who.org, filter_of(asked), limit=LISTED_MAX, fields=ITEM)
-    more = found.capped or found.next is not None
-    return reply([task_item(task) for task in found.tasks], 200, {"X-Total-Capped": "true"} if more else {})
+    items: list[Json] = []
+    size, after = 0, ""
+    while len(items) < LISTED_MAX and size < HISTORY_BYTES_MAX:
+        limit = min(HISTORY_PAGE, LISTED_MAX - len(items))
+        found = await store.list(who.org, filter_of(asked), after=after, limit=limit, fields=ITEM)
+        items += [task_item(task) for task in found.tasks]
+        size += sum(len(task.query) + len(task.title) + len(task.result) + len(task.error) for task in found.tasks)
+        if found.next is None:
+            return reply(items)
+        after = found.next
+    return reply(items, 200, {"X-Total-Capped": "true"})
 
 
 async def update(request: Request) -> Response:
     store, who, found = await task_of(request)
     asked = await body_of(request, Update)
-    if asked.status == "completed" and found.output_schema and not found.terminal:
-        asked = await _fitted(found, asked)
+    if asked.status == "completed" and (why := await _misfit(found, asked.result or found.result)):
+        asked = asked.model_copy(update={"status": "failed", "result": why})
     found = await _restate(store, who, found, lambda task: restated(task, asked, actor(who)))
     return reply(await whole(store, found))
 
 
-async def _fitted(found: Task, asked: Update) -> Update:
-    """An end whose result does not fit is a failure, as of every other worker: refused, it would never be said again."""
-    why = await asyncio.to_thread(misfit, found.output_schema, asked.result or found.result)
-    return asked.model_copy(update={"status": "failed", "result": why}) if why else asked
+async def _misfit(found: Task, result: str) -> str:
+    """Why an end is a failure, as of every other worker: its result does not fit. Refused, it would never be said again."""
+    if not found.output_schema or found.terminal:
+        return ""
+    return await asyncio.to_thread(misfit, found.output_schema, result)
 
 
 async def _restate(store: Store, who: Identity, found: Task, state: Callable[[Task], events.Restated | None]) -> Task:
@@ -88,7 +101,7 @@ async def _restate(store: Store, who: Identity, found: Task, state: Callable[[Ta
         if event is None:
             return found
         try:
-            await store.append(who.org, found.id, event, operation=f"restate:{random_id()}", status=found.status)
+            await store.append(who.org, found.id, event, operation=once(), status=found.status)
         except Conflict:
             if not left:
                 raise
@@ -115,6 +128,8 @@ async def report(request: Request) -> Response:
     found = await store.get(who.org, made.id)
     if found is None or found.agent != agent_id:
         raise NotFound("Task not found")
+    if asked.is_success is not False and (why := await _misfit(found, asked.result or found.result)):
+        asked = asked.model_copy(update={"is_success": False, "result": why})
     found = await _restate(store, who, found, lambda task: report_of(task, asked, actor(who)))
     return reply(await whole(store, found))
 
@@ -144,7 +159,7 @@ async def push(request: Request) -> Response:
         raise Invalid(f"These are {len(asked)} events; at most {PUSHED_MAX} are allowed at once.")
     said = [event for one in asked if (event := pushed(one.type, one.data, actor(who)))]
     for event in said:
-        await store.append(who.org, found.id, event, operation=f"push:{random_id()}")
+        await store.append(who.org, found.id, event, operation=once())
     body: Json = {"success": True, "accepted": len(said)}
     return reply(body)
 

@@ -24,7 +24,7 @@ from app.errors import Conflict, Invalid, NotFound
 from app.events import Entry, Json, Submission
 from app.frames import Spelling, encode, spelling
 from app.identity import Identity
-from app.log import Appended
+from app.log import Appended, once
 from app.requests import actor, changed, reply, store_of
 from app.sse import Stream
 from app.store import Store
@@ -104,7 +104,7 @@ async def _submit(store: Store, who: Identity, made: Submission) -> Appended:
         # Said by the parent, so that a cancel of it reaches the new task; one that has ended says nothing any more.
         with suppress(Conflict, NotFound):
             child = events.ChildSubmitted(actor=actor(who), task=made)
-            await store.append(who.org, made.parent, child, operation=f"child:{made.submission}")
+            await store.append(who.org, made.parent, child, operation=once())
     try:
         return await store.submit(made, actor=actor(who))
     except Conflict as error:

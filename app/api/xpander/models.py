@@ -110,20 +110,34 @@ class Tokens(Model):
     prompt_tokens: Count = 0
 
 
+def _as_text(value: Any) -> Any:
+    """A handler may leave anything in a field that is a text."""
+    return value if value is None or isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
+def _as_texts(value: Any) -> Any:
+    return [_as_text(one) for one in value if one is not None] if isinstance(value, list) else None
+
+
+def _as_seconds(value: Any) -> Any:
+    return value if isinstance(value, (int, float)) else None
+
+
+Said = Annotated[str | None, BeforeValidator(_as_text)]
+
+
 class Update(Model):
     """A PATCH: a few fields, or a whole task as the SDK last saw it. Which ones were sent, `model_fields_set` says.
 
     Nothing is refused that can be kept: a worker whose last PATCH is refused has lost its result, and nobody hears of it.
     """
 
-    model_config = ConfigDict(coerce_numbers_to_str=True)
-
     status: Word | None = None
-    result: str | None = None
-    internal_status: Annotated[str, AfterValidator(lambda value: value[:INTERNAL_STATUS_MAX])] | None = None
+    result: Said = None
+    internal_status: Annotated[Said, AfterValidator(lambda value: value and value[:INTERNAL_STATUS_MAX])] = None
     """Cut off at INTERNAL_STATUS_MAX characters."""
-    title: str | None = None
-    source: str | None = None
+    title: Said = None
+    source: Said = None
     tokens: Tokens | None = None
     last_executed_node_id: str | None = None
     deep_planning: Json | None = None
@@ -132,9 +146,9 @@ class Update(Model):
     payload_extension: Json | None = None
     tool_call_payload_extension: Json | None = None
     additional_context: str | None = None
-    used_tools: Texts | None = None
+    used_tools: Annotated[list[str] | None, BeforeValidator(_as_texts)] = None
     used_mutating_tools: bool | None = None
-    duration: float | None = None
+    duration: Annotated[float | None, BeforeValidator(_as_seconds)] = None
 
 
 class Report(Model):

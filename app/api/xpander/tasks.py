@@ -21,9 +21,9 @@ from app.api.xpander.spelling import ASKED, messages, task_body, task_item
 from app.errors import Conflict, Invalid, NotFound, TooLarge
 from app.events import Json
 from app.identity import Identity
-from app.log import random_id
+from app.log import once
 from app.requests import actor, reply, store_of
-from app.snapshots import LISTED, Filter
+from app.snapshots import IDENTITY, LISTED, Filter
 from app.store import Store
 from app.task import Status, Task
 
@@ -33,7 +33,10 @@ CHILDREN_MAX = 1000
 """Sub-tasks that a whole task names, the newest."""
 THREADS_MAX = 100
 """Sub-tasks, over all generations, whose conversations stand beside their root's."""
-THREADS_BYTES_MAX = 16 * 1024 * 1024
+THREADS_BYTES_MAX = 32 * 1024 * 1024
+"""Of all of them together; the root's alone are half of that at most."""
+MESSAGE_BYTES = 900
+"""Of each, beside what was said: the keys that it has to have."""
 ITEM = (*LISTED, "result")
 
 
@@ -48,7 +51,7 @@ async def task_of(request: Request) -> tuple[Store, Identity, Task]:
 
 async def whole(store: Store, found: Task) -> Json:
     """With its sub-tasks."""
-    listed = await store.list(found.org, Filter(parent=found.id), limit=CHILDREN_MAX)
+    listed = await store.list(found.org, Filter(parent=found.id), limit=CHILDREN_MAX, fields=IDENTITY)
     return task_body(found, [(child.id, child.status) for child in reversed(listed.tasks)])
 
 
@@ -127,19 +130,20 @@ async def thread_full(request: Request) -> Response:
     """With tool calls, and the sub-tasks' conversations beside it. Raises TooLarge."""
     store, who, found = await task_of(request)
     told: Json = {"root": messages(found, await store.thread(who.org, found.id), full=True)}
-    size, parents = found.thread_size, deque([found])
+    size, parents = found.thread_size + MESSAGE_BYTES * len(told["root"]), deque([found])
     while parents:
         listed = await store.list(who.org, Filter(parent=parents.popleft().id), limit=THREADS_MAX + 1)
         for child in reversed(listed.tasks):
             if child.id == found.id:
                 continue  # whoever submits a task says what its parent is: a family may stand in a circle
-            size += child.thread_size
+            said = await store.thread(who.org, child.id)
+            size += child.thread_size + MESSAGE_BYTES * len(said)
             if len(told) > THREADS_MAX or size > THREADS_BYTES_MAX:
                 raise TooLarge(
                     f"The thread has more than {THREADS_MAX} sub-tasks, or {THREADS_BYTES_MAX} bytes: "
                     "ask for those of its sub-tasks."
                 )
-            told[child.id] = messages(child, await store.thread(who.org, child.id), full=True)
+            told[child.id] = messages(child, said, full=True)
             parents.append(child)
     return reply(told)
 
@@ -154,7 +158,7 @@ async def stopped(store: Store, who: Identity, found: Task) -> Task:
     with suppress(Conflict):  # it ends meanwhile
         if not found.terminal:
             cancelled = events.Cancelled(actor=actor(who), message="Task stopped.")
-            await store.append(who.org, found.id, cancelled, operation=f"stop:{random_id()}")
+            await store.append(who.org, found.id, cancelled, operation=once())
             logger.info("task.steered", task_id=found.id, org=who.org, verb="stop", status=Status.CANCELLED)
     return await again(store, found)
 
@@ -208,7 +212,7 @@ async def _decide(request: Request, *, approved: bool) -> Response:
         event = events.Restated(actor=by, to=to, stated=stated, version=found.stated_version + 1)
     else:
         raise Conflict("The task waits for no decision.", found.status)
-    await store.append(who.org, found.id, event, operation=f"decide:{random_id()}")
+    await store.append(who.org, found.id, event, operation=once())
     logger.info("task.decided", task_id=found.id, org=who.org, approved=approved)
     return reply(await whole(store, await again(store, found)))
 
