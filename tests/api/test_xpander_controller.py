@@ -411,6 +411,10 @@ async def test_a_patch_changes_what_its_owner_may_and_nothing_else(client: httpx
         (b'{"status": "running"}', ["body", "status"]),
         (b'{"tokens": {"prompt_tokens": -1}}', ["body", "tokens", "prompt_tokens"]),
         (b'{"hitl_request": "n"}', ["body", "hitl_request"]),
+        # What the SDK could not read would end its workers, one after the other.
+        (b'{"hitl_request": {}}', ["body", "hitl_request", "wait_node_id"]),
+        (b'{"deep_planning": {"tasks": [1]}}', ["body", "deep_planning", "tasks", 0]),
+        (b'{"pending_eca_request": {"auth_url": "x"}}', ["body", "pending_eca_request", "connector_name"]),
     ],
 )
 async def test_a_patch_that_does_not_fit_is_a_422(client: httpx.AsyncClient, body: bytes, loc: list[str]) -> None:

@@ -592,7 +592,7 @@ SECRETS: Json = {
     "user_tokens": {"mail": SECRET},
     "mcp_servers": [
         {"name": "mail", "url": "https://m", "allowed_tools": ["send"]}
-        | dict.fromkeys(("api_key", "client_secret", "sso_token"), SECRET)
+        | dict.fromkeys(("api_key", "client_secret"), SECRET)
         | {"headers": {"Authorization": SECRET}, "env_vars": {"TOKEN": SECRET}}
     ],
 }

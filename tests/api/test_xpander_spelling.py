@@ -192,7 +192,6 @@ SERVER: Json = {
     "client_secret": SECRET,
     "headers": {"Authorization": SECRET},
     "env_vars": {"TOKEN": SECRET},
-    "sso_token": SECRET,
     "allowed_tools": ["send"],
 }
 

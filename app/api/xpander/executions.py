@@ -18,7 +18,7 @@ from app.api.xpander.invoke import accepted, stream
 from app.api.xpander.models import Listing, Metrics, Pushed, Report, Update, body_of, id_of, list_of, query_of
 from app.api.xpander.paths import member
 from app.api.xpander.spelling import activity, measured, pushed, report_of, reported, restated, task_item
-from app.api.xpander.tasks import ITEM, again, filter_of, stopped, task_of, whole
+from app.api.xpander.tasks import ITEM, again, filter_of, get, stop, task_of, whole
 from app.errors import Conflict, Invalid, NotFound
 from app.events import Json
 from app.identity import Identity
@@ -45,11 +45,6 @@ async def create(request: Request) -> Response:
     store = store_of(request)
     found = await accepted(request, id_of(request, "agent_id"), source="sdk")
     return reply(await whole(store, found) | await store.hidden(found))
-
-
-async def status(request: Request) -> Response:
-    store, _, found = await task_of(request)
-    return reply(await whole(store, found))
 
 
 async def history(request: Request) -> Response:
@@ -112,11 +107,6 @@ async def _restate(store: Store, who: Identity, found: Task, state: Callable[[Ta
     return found
 
 
-async def stop(request: Request) -> Response:
-    store, who, found = await task_of(request)
-    return reply(await whole(store, await stopped(store, who, found)))
-
-
 async def report(request: Request) -> Response:
     """A task that ran elsewhere: made if its id is new, and ended."""
     store, who, agent_id = store_of(request), member(request), id_of(request, "agent_id")
@@ -175,7 +165,7 @@ routes = [
     Route("/agent-execution/executions/history/{agent_id}", history, methods=["GET"]),
     Route("/agent-execution/{agent_id}", create, methods=["POST"]),
     Route("/agent-execution/{task_id}", stop, methods=["DELETE"]),
-    Route("/agent-execution/{task_id}/status", status, methods=["GET"]),
+    Route("/agent-execution/{task_id}/status", get, methods=["GET"]),
     Route("/agent-execution/{task_id}/update", update, methods=["PATCH"]),
     Route("/agent-execution/{task_id}/events", follow, methods=["GET"]),
     Route("/agent-execution/{task_id}/events/push", push, methods=["POST"]),

@@ -30,7 +30,6 @@ Effort = Literal["low", "medium", "high", "xhigh"]
 Id = Annotated[str, Field(pattern=rf"^{events.ID.pattern}$")]
 Short = Annotated[str, Field(max_length=256)]
 Texts = Annotated[list[str], Field(fail_fast=True)]
-Documents = Annotated[list[Json], Field(fail_fast=True)]
 """Of a long list the first wrong item is told, not each: the answer would be fifty times the request."""
 
 B = TypeVar("B", bound=BaseModel)
@@ -59,12 +58,88 @@ class User(Model):
     is_super_admin: bool | None = None
 
 
+# What the SDK reads strictly: a worker that is sent anything else dies of it (tried), and the next one after it.
+
+
+class Principal(Model):
+    kind: Literal["user", "slack", "api_key", "system", "anonymous"]
+    id: Annotated[str, Field(pattern=r"^[^:\s]+$", max_length=256)]
+    email: str | None = None
+    display_name: str | None = None
+
+
+class Attachment(Model):
+    url: str
+    name: str | None = None
+    mime: str | None = None
+    size: int | None = None
+    kind: Literal["image", "pdf", "document", "text", "audio", "video", "archive", "unknown"] | None = None
+    sha256: str | None = None
+    expires_at: str | None = None
+    source: str | None = None
+    transcript: str | None = None
+
+
+class McpServer(Model):
+    id: str | None = None
+    type: Literal["local", "remote"] | None = None
+    name: str | None = None
+    command: str | None = None
+    url: str | None = None
+    transport: Literal["stdio", "sse", "streamable-http"] | None = None
+    auth_type: Literal["api_key", "oauth2", "custom_headers", "sso_user", "none"] | None = None
+    api_key: str | None = None
+    use_secrets_manager: bool | None = None
+    client_id: str | None = None
+    client_secret: str | None = None
+    headers: Json | None = None
+    env_vars: Json | None = None
+    allowed_tools: Texts | None = None
+    additional_scopes: Texts | None = None
+    share_user_token_across_other_agents: bool | None = None
+    sso_token: Literal["access", "id", "exchange"] | None = None
+    sso_audience: str | None = None
+
+
+class Waits(Model):
+    wait_node_id: str
+
+
+class Connector(Model):
+    connector_name: str
+    auth_url: str
+
+
+class Step(Model):
+    id: str
+    title: str
+    completed: bool | None = None
+
+
+class Plan(Model):
+    enabled: bool | None = None
+    enforce: bool | None = None
+    started: bool | None = None
+    question_raised: bool | None = None
+    tasks: Annotated[list[Step], Field(fail_fast=True)] | None = None
+
+
+def shaped(model: type[BaseModel]) -> AfterValidator:
+    """A document that fits the model, as it was sent: also the keys that are nobody's."""
+
+    def fits(value: Json) -> Json:
+        model.model_validate(value, strict=True)
+        return value
+
+    return AfterValidator(fits)
+
+
 class Input(Model):
     text: str | None = None
     files: Texts | None = None
-    attachments: Documents | None = None
+    attachments: Annotated[list[Annotated[Json, shaped(Attachment)]], Field(fail_fast=True)] | None = None
     user: User | None = None
-    principal: Json | None = None
+    principal: Annotated[Json, shaped(Principal)] | None = None
 
 
 class Invocation(Model):
@@ -85,7 +160,7 @@ class Invocation(Model):
     title: str | None = None
     triggering_agent_id: Short | None = None
     events_streaming: bool | None = None
-    mcp_servers: Documents | None = None
+    mcp_servers: Annotated[list[Annotated[Json, shaped(McpServer)]], Field(fail_fast=True)] | None = None
     think_mode: Literal["default", "harder"] | None = None
     disable_attachment_injection: bool | None = None
     instructions_override: str | None = None
@@ -140,9 +215,9 @@ class Update(Model):
     source: Said = None
     tokens: Tokens | None = None
     last_executed_node_id: str | None = None
-    deep_planning: Json | None = None
-    hitl_request: Json | None = None
-    pending_eca_request: Json | None = None
+    deep_planning: Annotated[Json, shaped(Plan)] | None = None
+    hitl_request: Annotated[Json, shaped(Waits)] | None = None
+    pending_eca_request: Annotated[Json, shaped(Connector)] | None = None
     payload_extension: Json | None = None
     tool_call_payload_extension: Json | None = None
     additional_context: str | None = None
@@ -182,7 +257,6 @@ class Pushed(Model):
     """An event that a worker pushes."""
 
     type: Short
-    task_id: str | None = None
     data: Any = None
 
 

@@ -48,7 +48,7 @@ COUNTED = "counted"
 """In `extra`: the task's tokens, in and out, before its present turn. The SDK tells those of a turn."""
 
 SECRETS = ("user_tokens", "user_oidc_token")
-MCP_SECRETS = ("api_key", "client_id", "client_secret", "headers", "env_vars", "sso_token")
+MCP_SECRETS = ("api_key", "client_id", "client_secret", "headers", "env_vars")
 PINNED = "worker:"
 """Queue of what one registered worker alone may have."""
 LOCAL = "local:"
@@ -427,9 +427,6 @@ def task_item(found: Task) -> Json:
 
 # Our events → its frames
 
-Extended = bool
-"""The client asked for every type, not only for those that each version of the SDK knows (§4)."""
-
 NOTED = {
     "AUTH_EVENT": "auth_event",
     "TASK_COMPACTIZATION": "task_compactization",
@@ -446,8 +443,10 @@ NEWER = frozenset(
 """Types that an older SDK raises on."""
 
 
-def frame(entry: Entry, *, extended: Extended = False) -> list[Frame]:
-    """The frames of one entry, which holds the state after it: `data:` alone, no name and no id (§1.8)."""
+def frame(entry: Entry, *, extended: bool = False) -> list[Frame]:
+    """The frames of one entry, which holds the state after it: `data:` alone, no name and no id (§1.8). `extended`: of
+    every type, not only of those that each version of the SDK knows (§4).
+    """
     assert entry.after is not None, "these frames carry the whole task"
     told = _told(entry, extended=extended)
     return [_frame(kind, entry.task, entry.after["org"], entry.at, data) for kind, data in told]
@@ -466,7 +465,7 @@ def _frame(kind: str, id_: str, org: str, at: int, data: Any) -> Frame:
     return Frame(event="", data={"type": kind, "task_id": id_, "organization_id": org, "time": clock(at), "data": data})
 
 
-def _told(entry: Entry, *, extended: Extended) -> list[tuple[str, Any]]:
+def _told(entry: Entry, *, extended: bool) -> list[tuple[str, Any]]:
     event = entry.event
     match event:
         case events.TextDelta():
