@@ -27,6 +27,11 @@ sets[#sets + 1] = key('ready-of', org .. ':' .. fields.queue)
 touch_sets(lists)
 touch_sets(sets)
 touch('hash', grave)
+local secrets = key('secrets', org .. ':' .. id .. ':' .. (fields.submission or ''))
+for name, kind in pairs({
+  [plan.text] = 'string', [plan.next] = 'hash', [plan.next_text] = 'string', [plan.base] = 'hash',
+  [plan.base_text] = 'string', [plan.thread] = 'list', [secrets] = 'string',
+}) do touch(kind, name) end
 if fields.session then
   touch('zset', key('sessions', org .. ':' .. (fields.owner or '')))
   touch('hash', key('totals', org .. ':' .. (fields.owner or '') .. ':' .. fields.session))
@@ -34,7 +39,7 @@ end
 
 plan.entry_id, plan.at = log_entry(plan, fields.status, 'gone')
 redis.call('DEL', plan.task, plan.events, plan.text, plan.next, plan.next_text, plan.base, plan.base_text, plan.thread,
-  key('secrets', org .. ':' .. id .. ':' .. (fields.submission or '')))
+  secrets)
 follow_up(plan)
 redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence, 'created_at', fields.created_at,
   'submission', fields.submission or '')

@@ -186,7 +186,8 @@ async def test_a_stream_tells_the_same_story_through_both(
     stored = await store.get(ORG, id_)
     assert stored is not None
     assert theirs[-1] == "[DONE]"
-    assert shown[-1].get("seq", stored.last_seq) == stored.last_seq
+    if status is not Status.CANCELLED:  # whose frame is made of what upstream puts into it
+        assert shown[-1]["seq"] == stored.last_seq
     assert [frame["type"] for frame in ours] == ["task_created", "task_updated", "chunk", "task_finished"]
     last = ours[-1]["data"]
     assert last == (await client.get(f"{XPANDER}/{id_}")).json()

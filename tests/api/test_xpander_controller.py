@@ -360,6 +360,20 @@ async def test_tokens_are_counted_once_in_every_turn(client: httpx.AsyncClient, 
     assert (task.input_tokens, task.output_tokens) == (30, 15)
 
 
+async def test_the_last_word_of_a_stopped_turn_does_not_end_the_next(client: httpx.AsyncClient, store: Store) -> None:
+    id_ = "again"
+    await invoked(client, id=id_)
+    await claimed(store, id_, "agent:writer")
+    held = await status(client, id_)
+    await client.delete(f"/agent-execution/{id_}")
+    await invoked(client, id=id_)
+    for word, result in (("executing", None), ("completed", "old"), ("error", "old")):
+        late = await patched(client, id_, **{**held, "status": word, "result": result})
+        assert (late["status"], late["result"]) == ("pending", None)
+    await claimed(store, id_, "agent:writer")
+    assert (await patched(client, id_, status="completed", result="new"))["result"] == "new"
+
+
 async def test_a_patch_changes_what_its_owner_may_and_nothing_else(client: httpx.AsyncClient) -> None:
     id_ = await invoked(client)
     before = await status(client, id_)

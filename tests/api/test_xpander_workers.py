@@ -496,6 +496,24 @@ async def test_a_worker_that_falls_silent_is_sent_away_and_its_task_is_the_next_
     assert await told(store, id_) == ["submitted", "started", "lease_lost", "started", "restated"]
 
 
+async def test_a_task_whose_end_was_lost_returns_though_its_worker_lives(
+    store: Store, server: Served, looks_often: None
+) -> None:
+    id_ = await create(server)
+    async with working(server) as worker:
+        await worker.task()
+        beating = asyncio.create_task(beat(worker))
+        await passed(server)
+        assert await is_(store, id_, Status.RUNNING)
+        await worker.busy(is_busy=False)  # its PATCH was lost on the way
+        claims_ = claims_of(server)
+        await wait_until(lambda: not claims_._held, "the task is given up")
+        await expire(store, id_)
+        assert (await worker.task())["id"] == id_
+        assert (await worker.completes(id_))["execution_attempts"] == 2
+        beating.cancel()
+
+
 async def beat(worker: Worker) -> None:
     while True:
         await worker.beats()

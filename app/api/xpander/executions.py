@@ -15,7 +15,18 @@ from starlette.routing import Route
 
 from app import events
 from app.api.xpander.invoke import accepted, stream
-from app.api.xpander.models import Listing, Metrics, Pushed, Report, Update, body_of, id_of, list_of, query_of
+from app.api.xpander.models import (
+    UPDATE_BYTES_MAX,
+    Listing,
+    Metrics,
+    Pushed,
+    Report,
+    Update,
+    body_of,
+    id_of,
+    list_of,
+    query_of,
+)
 from app.api.xpander.paths import member
 from app.api.xpander.spelling import activity, measured, pushed, report_of, reported, restated, task_item
 from app.api.xpander.tasks import ITEM, again, filter_of, get, stop, task_of, whole
@@ -75,7 +86,7 @@ async def _history(request: Request, asked: Listing) -> Response:
 
 async def update(request: Request) -> Response:
     store, who, found = await task_of(request)
-    asked = await body_of(request, Update)
+    asked = await body_of(request, Update, most=UPDATE_BYTES_MAX)
     if asked.status == "completed" and (why := await _misfit(found, asked.result or found.result)):
         asked = asked.model_copy(update={"status": "failed", "result": why})
     found = await _restate(store, who, found, lambda task: restated(task, asked, actor(who)))
@@ -84,9 +95,11 @@ async def update(request: Request) -> Response:
 
 async def _misfit(found: Task, result: str) -> str:
     """Why an end is a failure, as of every other worker: its result does not fit. Refused, it would never be said again."""
-    if not found.output_schema or found.terminal:
+    if found.terminal:
         return ""
-    return await asyncio.to_thread(misfit, found.output_schema, result)
+    if (size := len(result.encode())) > events.RESULT_BYTES_MAX:
+        return f"The result has {size} bytes; at most {events.RESULT_BYTES_MAX} are allowed."
+    return await asyncio.to_thread(misfit, found.output_schema, result) if found.output_schema else ""
 
 
 async def _restate(store: Store, who: Identity, found: Task, state: Callable[[Task], events.Restated | None]) -> Task:

@@ -46,10 +46,12 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     asked = await body_of(request, Invocation)
     if wanted := schema_of(asked):
         await asyncio.to_thread(schema.check, wanted)  # it may take a quarter of a second
+    before = await store.snapshots.snapshot(who.org, asked.id) if asked.id else None
+    if before and before.fields["agent"] != agent_id:
+        raise NotFound("Task not found")
     agent = await store.agents.used(who.org, agent_id)
     version = request.query_params.get("version") or request.headers.get("x-agent-version") or str(agent.version)
     version = version[:VERSION_CHARACTERS_MAX]
-    before = await store.snapshots.snapshot(who.org, asked.id) if asked.id else None
     hidden = secrets(asked)
     event: events.AnyEvent
     if before is None:
@@ -61,8 +63,6 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
         logger.info("task.submitted", task_id=made.id, org=who.org, agent=agent_id)
         return _then(EMPTY, made.id, event, appended)
     known = task(before.fields)
-    if known.agent != agent_id:
-        raise NotFound("Task not found")
     said = turn(known, asked, agent, actor(who), kind=kind)
     event = replace(said, extra={**said.extra, "agent_version": version})
     try:
@@ -113,7 +113,9 @@ async def _submit(store: Store, who: Identity, made: Submission) -> Appended:
 
 
 async def invoke(request: Request, kind: str) -> Response:
-    """Answers at the end of the turn; earlier when the server stops, and then with the task as it stands."""
+    """Answers at the end of the turn; earlier when the server stops, or has no room for one more that waits, and then
+    with the task as it stands.
+    """
     found = await accepted(request, id_of(request, f"{kind}_id"), source="api", kind=kind)
     return reply(await whole(store_of(request), await ended(request, found)))
 

@@ -18,6 +18,8 @@ from app.events import Json
 from app.requests import json_of, read_body
 
 BODY_BYTES_MAX = events.EVENT_BYTES_MAX
+UPDATE_BYTES_MAX = 1024 * 1024
+"""Of a PATCH: it brings the whole task, with a question and a result as large as may be."""
 INPUT_SHOWN_MAX = 500
 """Bytes of a refused value that its refusal shows again."""
 PER_PAGE_MAX = 50
@@ -295,9 +297,9 @@ class Decision(Model):
     payload: Json | None = None
 
 
-async def body_of(request: Request, model: type[B], *, empty: bool = False) -> B:
+async def body_of(request: Request, model: type[B], *, empty: bool = False, most: int = BODY_BYTES_MAX) -> B:
     """Raises Rejected, TooLarge. `empty`: no body is one without fields."""
-    raw = await read_body(request, BODY_BYTES_MAX)
+    raw = await read_body(request, most)
     return checked(model, _json_of(raw, empty=empty), "body")
 
 

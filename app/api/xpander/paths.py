@@ -18,7 +18,8 @@ _NOUN = f"(?:{'|'.join(NOUNS)})"
 _CONTROLLER = re.compile(
     rf"/+(?!(?:v1|api|worker)/)(?:agent-controller/+)?(?:(?!{_NOUN}/)([^/]+)/+)?({_NOUN}(?:/.*)?)", re.DOTALL
 )
-"""No organisation has the name of another surface or of a noun: tasks and agents may."""
+"""An organisation with the name of another surface, or of a noun, is reached without a prefix: tasks and agents may have
+such names."""
 _ORG = "taskcast.org"
 
 

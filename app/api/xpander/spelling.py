@@ -44,6 +44,8 @@ ASKED = {word: tuple(status for status in STORED if STATUS[status] == word) for 
 
 METRICS = "metrics"
 """Among what is stated: what the SDK reported."""
+STOPPED = "stopped"
+"""Among a turn's own: the turn before was stopped, and its worker may not know it yet."""
 COUNTED = "counted"
 """In `extra`: the task's tokens, in and out, before its present turn. The SDK tells those of a turn."""
 
@@ -94,6 +96,8 @@ def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, k
 def turn(known: Task, asked: Invocation, agent: Agent, actor: str, *, kind: str) -> Continued:
     """The next turn of the task that the request names."""
     extra = _extra(asked, kind)
+    if known.status is Status.CANCELLED and known.attempt:
+        extra[STOPPED] = True
     if known.total_tokens:
         extra[COUNTED] = [known.input_tokens, known.output_tokens]
     made = Continued(
@@ -157,7 +161,7 @@ def restated(found: Task, update: Update, actor: str) -> Restated | None:
     """
     sent = update.model_fields_set
     to = _stated_status(found, update.status) if update.status else ""
-    frozen = found.terminal
+    frozen = found.terminal or _unbegun(found)
     result = None
     if "result" in sent and not frozen:
         known = found.error if to in {Status.FAILED, Status.ERRORED} else found.result
@@ -188,6 +192,8 @@ def _stated_status(found: Task, word: Word) -> str:
     before = found.status
     if STATUS[before] == word:
         return ""
+    if _unbegun(found) and word != "stopped":
+        return ""
     if found.waits and word in {"pending", "executing"}:
         return ""  # an echo: the handler waits for a decision, and would wait for ever if the task went on without it
     if found.terminal:
@@ -213,6 +219,13 @@ def _stated_status(found: Task, word: Word) -> str:
             return Status.CANCELLED
         case _:
             assert_never(word)
+
+
+def _unbegun(found: Task) -> bool:
+    """It follows a turn that was stopped while a worker had it, and nobody was given it yet: what a worker says is its last
+    word of the turn before.
+    """
+    return found.status is Status.QUEUED and not found.attempt and STOPPED in found.extra and LOCAL not in found.queue
 
 
 def _changed(update: Update, name: str, known: str) -> str | None:

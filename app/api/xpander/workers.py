@@ -49,6 +49,8 @@ SLOTS = 6
 """Tasks that the SDK does at once. One more it reads, and keeps from all other workers until it has room (tried)."""
 LOOK_SECONDS = 2.0
 """Between looks at whether a worker is heard, which renew its leases; the SDK's own pause between heartbeats."""
+FORGOTTEN_LOOKS = 2
+"""In a row, in which a worker says that it does nothing while we hold tasks of it: its last PATCH may be on its way."""
 SILENT_SECONDS = 10.0
 """After which a worker is given up; what one try of a heartbeat may take in the SDK."""
 
@@ -248,7 +250,7 @@ class Dispatch(Response):
         """While the worker is heard; then why not: `silent`, or `finished`, as it says itself."""
         pause = min(LOOK_SECONDS, self._store.settings.lease_seconds / 3)
         # Counted in looks: while this process or the store stood still, nobody could be heard.
-        heartbeat_at, silence = self._worker.heartbeat_at, 0.0
+        heartbeat_at, silence, forgotten = self._worker.heartbeat_at, 0.0, 0
         while True:
             await asyncio.sleep(pause)
             try:
@@ -263,8 +265,19 @@ class Dispatch(Response):
                     if status != Status.RUNNING:
                         self._over(one, waiter, freed=False)
                 self._count(found.freed, waiter)
+                forgotten = forgotten + 1 if self._held and (found.freed or 0) >= self._sent else 0
+                if forgotten == FORGOTTEN_LOOKS:
+                    self._give_up(waiter)
             except Unavailable as error:
                 store_away("dispatch.waiting", error)
+
+    def _give_up(self, waiter: Waiter) -> None:
+        """It says that all its tasks are out of its hands, so what it said of these was lost: the SDK says nothing twice.
+        They return when their leases end.
+        """
+        for one in [*self._held.values()]:
+            logger.warning("task.forgotten", task_id=one.task, org=one.org, worker=self._worker.id, fence=one.fence)
+            self._over(one, waiter, freed=True)
 
     def _count(self, freed: int | None, waiter: Waiter) -> None:
         """Of slots whose tasks have ended elsewhere, those of which the worker has not said since that they are free. One
