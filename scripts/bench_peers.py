@@ -21,6 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+BLOCK_SECONDS = 5
+READ_SECONDS = 10
+"""redis-py's own limit is as long as the block: now and then a quiet client would die of it."""
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-cache\r\n\r\n"
 """The body ends with the connection: no chunks to write."""
 
@@ -107,9 +110,9 @@ async def xread(url: str, fd: str) -> None:
         key = (await reader.readuntil(b"\r\n\r\n")).split(b" ", 2)[1][1:]
         writer.write(HEAD)
         last = b"0"
-        async with Redis.from_url(url, protocol=2, max_connections=1) as store:
+        async with Redis.from_url(url, protocol=2, max_connections=1, socket_timeout=READ_SECONDS) as store:
             while not writer.is_closing():
-                for id_, fields in entries(await store.xread({key: last}, block=5000)):
+                for id_, fields in entries(await store.xread({key: last}, block=BLOCK_SECONDS * 1000)):
                     last = id_
                     writer.write(b"id: %s\nevent: TICK\ndata: %s\n\n" % (id_, fields[b"event"]))
                 await writer.drain()
@@ -141,18 +144,18 @@ async def portable(fd: str) -> None:
 
 async def wake(url: str) -> None:
     last = b"0"
-    with redis.Redis.from_url(url, protocol=2) as store:
+    with redis.Redis.from_url(url, protocol=2, socket_timeout=READ_SECONDS) as store:
         while True:
-            for id_, fields in entries(store.xread({"wake": last}, block=5000)):
+            for id_, fields in entries(store.xread({"wake": last}, block=BLOCK_SECONDS * 1000)):
                 print(time.monotonic_ns() - int(fields[b"at"]), flush=True)
                 last = id_
 
 
 async def wake_asyncio(url: str) -> None:
     last = b"0"
-    async with Redis.from_url(url, protocol=2) as store:
+    async with Redis.from_url(url, protocol=2, socket_timeout=READ_SECONDS) as store:
         while True:
-            for id_, fields in entries(await store.xread({"wake": last}, block=5000)):
+            for id_, fields in entries(await store.xread({"wake": last}, block=BLOCK_SECONDS * 1000)):
                 print(time.monotonic_ns() - int(fields[b"at"]), flush=True)
                 last = id_
 
