@@ -36,7 +36,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 def clock(micros: int) -> str:
     """RFC 3339 in UTC, always with six digits, so that texts compare like times."""
-    return f"{_second(micros // 1_000_000)}.{micros % 1_000_000:06d}Z"
+    return f"{_second(micros // 1_000_000)}.{str(micros % 1_000_000).zfill(6)}Z"
 
 
 @lru_cache(maxsize=256)

@@ -27,8 +27,13 @@ class Frame(Struct, frozen=True, gc=False):
     data: Json | str
     """An object, or a text that is written as it is (`[DONE]`)."""
     id: str = ""
-    types: frozenset[str] = frozenset()
-    """All names by which a `types` filter may ask for it."""
+    type: str = ""
+    """The dialect's own name for it, where it has one beside the event's."""
+
+    @property
+    def types(self) -> frozenset[str]:
+        """All names by which a `types` filter may ask for it."""
+        return frozenset({self.event, self.type} - {""})
 
 
 _json = msgspec.json.Encoder().encode
@@ -40,10 +45,9 @@ def encode(frame: Frame) -> bytes:
     text = data.encode() if isinstance(data, str) else _json(data)
     if not (text.isascii() or isinstance(data, str)):  # ten times slower
         text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
-    head = b"id: %b\n" % frame.id.encode() if frame.id else b""
-    if frame.event:
-        head += b"event: %b\n" % frame.event.encode()
-    return b"%bdata: %b\n\n" % (head, text)
+    id_ = f"id: {frame.id}\n" if frame.id else ""
+    event = f"event: {frame.event}\n" if frame.event else ""
+    return f"{id_}{event}data: ".encode() + text + b"\n\n"
 
 
 class Spelling:

@@ -12,7 +12,6 @@ difference between the two would show.
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from functools import lru_cache
 from typing import Any, assert_never, get_args
 from urllib.parse import urlencode
 from uuid import uuid4
@@ -470,20 +469,13 @@ def frame(entry: Entry) -> list[Frame]:
     """The SSE frames of one entry (§2.3). Only the last carries the id: whoever loses the connection between two
     gets both again. A `types` filter may name the raw type or the SSE name (§10.24).
     """
-    bodies = event_body(entry, stream=True)
-    last = len(bodies) - 1
-    return [_frame(entry, body, entry.id if i == last else "") for i, body in enumerate(bodies)]
+    return [_frame(entry, body) for body in event_body(entry, stream=True)]
 
 
-def _frame(entry: Entry, body: Json, id_: str) -> Frame:
+def _frame(entry: Entry, body: Json) -> Frame:
     raw: str = body["type"]
     name = SSE_NAME.get(raw, raw)
-    return Frame(event=name, data=_shape(name, body, entry), id=id_, types=_names(raw, name))
-
-
-@lru_cache(maxsize=1024)
-def _names(raw: str, name: str) -> frozenset[str]:
-    return frozenset({raw, name})
+    return Frame(event=name, data=_shape(name, body, entry), id=body.get("stream_id", ""), type=raw)
 
 
 def _shape(name: str, body: Json, entry: Entry) -> Json:
@@ -674,7 +666,7 @@ def control(item: Gap | Began | Reached | Ended, *, epoch: str = "") -> Frame:
     match item:
         case Ended():
             id_ = f"{item.last_id}.end" if item.last_id else ""
-            return Frame(event="done", data="[DONE]", id=id_, types=frozenset({"STREAM_END", "done"}))
+            return Frame(event="done", data="[DONE]", id=id_, type="STREAM_END")
         case Reached():
             return _control("cursor", {"log_epoch": epoch, "stream_id": item.cursor}, item.cursor)
         case Began():
@@ -688,7 +680,7 @@ def control(item: Gap | Began | Reached | Ended, *, epoch: str = "") -> Frame:
 
 
 def _control(name: str, data: Json, id_: str) -> Frame:
-    return Frame(event=name, data={"type": name, **data}, id=id_, types=frozenset({name}))
+    return Frame(event=name, data={"type": name, **data}, id=id_)
 
 
 def _state(snapshot: Snapshot, epoch: str) -> Json:
