@@ -113,6 +113,14 @@ class Audience:
         """In the order in which they came, which is that of their memory: it is walked through faster."""
         self.crowds: dict[Spelling, Crowd] = {}
 
+    def spell(self, one: Logged) -> None:
+        """As its crowds want it, ahead of the offer."""
+        try:
+            for spelling in self.crowds:
+                spelling.live(one)
+        except Exception:  # noqa: BLE001 (the offer meets it again, and tells the readers)
+            return
+
     def offer(self, one: Logged) -> int:
         """To how many."""
         # Crowds first: who parts is offered it alone, and who has taken it alone may join.

@@ -27,8 +27,10 @@ class Numbers:
 
     def __init__(self) -> None:
         self.fails = False
+        self.times = 0
 
     def live(self, one: Logged) -> tuple[bytes, int]:
+        self.times += 1
         if self.fails:
             raise ZeroDivisionError
         one.spelled[self] = spelled = (b"%d" % one.seq, 1)
@@ -125,6 +127,8 @@ class Scene:
         """What is due, to how many."""
         due = self.world.logs[0][self.offered :]
         self.offered += len(due)
+        for one in due:
+            self.audience.spell(one)
         return sum(self.audience.offer(one) for one in due)
 
     def together(self) -> None:
@@ -189,6 +193,19 @@ def test_a_crowd_looks_at_an_entry_once() -> None:
     assert all(follower.got == [1, 2, 3, 4] for follower in scene.followers)
     assert (scene.frames, scene.bytes) == (READERS, READERS)
     assert len({follower.crowd for follower in scene.followers}) == len(scene.audience.crowds) == 1
+
+
+def test_what_is_spelled_ahead_is_neither_told_yet_nor_spelled_again() -> None:
+    scene = Scene()
+    scene.together()
+    scene.say()
+    (one,) = scene.world.logs[0][scene.offered :]
+    before = scene.spelling.times
+    scene.audience.spell(one)
+    assert all(follower.got == [1, 2, 3] for follower in scene.followers)
+    scene.audience.offer(one)
+    assert all(follower.got == [1, 2, 3, 4] for follower in scene.followers)
+    assert scene.spelling.times == before + 1
 
 
 def test_who_wants_something_else_goes_with_another_crowd() -> None:
