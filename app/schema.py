@@ -37,6 +37,8 @@ STEPS_MAX = 400_000
 """Of a check; a keyword on a value is one, of 5 to 10 µs. The smallest values of 192 KiB, three keywords on each, are
 300,000.
 """
+NESTED_MAX = 220
+"""Keywords within keywords, each of them four frames of Python's 1,000 at most: two for each level of the deepest result."""
 TRIAL_STEPS_MAX = 20_000
 """On nothing at all."""
 STATES_MAX = 500
@@ -159,6 +161,7 @@ class _Steps:
 
     def __init__(self, count: int) -> None:
         self._left = count
+        self.nested = 0
         self._nodes: dict[int, int] = {}
         self._engines: dict[str, tuple[SchemaValidator | None, int]] = {}
 
@@ -203,11 +206,17 @@ def _misfit(root: Json, value: Any, count: int) -> ValidationError | None:
 
         def checked(validator: Any, said: Any, instance: Any, schema: Any) -> Iterator[ValidationError]:
             steps.take(1 + cost(said, instance))
-            for error in keyword(validator, said, instance, schema) or ():
-                # It holds the whole instance as text, and as many errors as there are branches are kept.
-                steps.take(4 + len(error.message) // 1000)
-                error.message = _short(error.message)
-                yield error
+            if steps.nested == NESTED_MAX:
+                raise RecursionError
+            steps.nested += 1
+            try:
+                for error in keyword(validator, said, instance, schema) or ():
+                    # It holds the whole instance as text, and as many errors as there are branches are kept.
+                    steps.take(4 + len(error.message) // 1000)
+                    error.message = _short(error.message)
+                    yield error
+            finally:
+                steps.nested -= 1
 
         return checked
 
@@ -239,7 +248,13 @@ def _misfit(root: Json, value: Any, count: int) -> ValidationError | None:
     }
     keywords = {word: counted(word, own.get(word, keyword)) for word, keyword in KEYWORDS.items()}
     validator = extend(Draft202012Validator, keywords)  # type: ignore[no-untyped-call]
-    found = best_match(validator(root, registry=Registry()).iter_errors(value))
+    try:
+        found = best_match(validator(root, registry=Registry()).iter_errors(value))
+    except BaseException as error:
+        # Where Python's stack ends inside the libraries' Rust, that panics, which is no Exception (tried).
+        if type(error).__name__ == "PanicException":
+            raise RecursionError from error
+        raise
     assert found is None or isinstance(found, ValidationError)
     return found
 

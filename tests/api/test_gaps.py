@@ -20,13 +20,11 @@ from app.log import Page
 from app.settings import Settings
 from app.store import Store, open_store
 from app.task import EMPTY, Snapshot, apply, task
-from tests.api import test_streams
 from tests.api.serving import ORG, Attempt, Served, ended, served, started, submit
 from tests.api.test_sockets import bodies, socket_of
 from tests.api.test_streams import frames, production, seqs
 from tests.waiting import wait_until
 
-path = test_streams.path
 MARK = 20
 REASONS = ("trimmed", "ahead", "unknown")
 

@@ -24,7 +24,6 @@ from tests.api.serving import KEY, ORG, USER, Attempt, Served, ended, served, st
 from tests.api.test_sockets import bodies
 from tests.waiting import wait_until
 
-path = test_streams.path
 LISTENING = {"Accept": "text/event-stream"}
 
 

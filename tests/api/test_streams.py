@@ -5,7 +5,6 @@ import json
 import random
 import re
 import socket
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -15,7 +14,7 @@ from httpx_sse import ServerSentEvent, aconnect_sse
 from httpx_sse._decoders import SSEDecoder
 from prometheus_client import REGISTRY
 
-from app import events, sse
+from app import events
 from app import streams as streams_
 from app.api.shannon.streams import Cursor, parse_cursor
 from app.errors import Unavailable
@@ -34,20 +33,6 @@ production = pytest.mark.parametrize("anyio_backend", [("asyncio", {"use_uvloop"
 def settings(settings: Settings) -> Settings:
     """With a lease that outlasts a loaded machine: nobody renews it here."""
     return settings.model_copy(update={"lease_seconds": 60})
-
-
-@pytest.fixture(params=["direct", "portable"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of frames to the reader: over a detached connection, or through sse-starlette, as on any other ASGI server."""
-    if request.param == "portable":
-        monkeypatch.setattr(sse, "wire_of", lambda _: None)
-    return str(request.param)
-
-
-@pytest.fixture
-async def server(store: Store, settings: Settings, path: str) -> AsyncIterator[Served]:
-    async with served(store, settings) as running:
-        yield running
 
 
 def streams_of(server: Served) -> Streams:

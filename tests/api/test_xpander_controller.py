@@ -10,7 +10,7 @@ import httpx
 import pytest
 from httpx_sse import aconnect_sse
 
-from app import events, sse
+from app import events
 from app.api.xpander import executions
 from app.api.xpander.spelling import NEWER
 from app.events import Json
@@ -19,7 +19,7 @@ from app.settings import Settings
 from app.store import Store
 from app.task import TERMINAL, Status
 from tests.api.asking import Connect, claimed, invoked
-from tests.api.serving import ORG, Served, served
+from tests.api.serving import ORG, Served
 from tests.waiting import wait_until
 
 WRITER = "agent:writer"
@@ -647,20 +647,6 @@ async def test_who_does_not_run_says_nothing(client: httpx.AsyncClient) -> None:
 
 
 # The event stream
-
-
-@pytest.fixture(params=["direct", "portable"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of frames to the reader: over a detached connection, or through sse-starlette, as on any other ASGI server."""
-    if request.param == "portable":
-        monkeypatch.setattr(sse, "wire_of", lambda _: None)
-    return str(request.param)
-
-
-@pytest.fixture
-async def server(store: Store, settings: Settings, path: str) -> AsyncIterator[Served]:
-    async with served(store, settings) as running:
-        yield running
 
 
 async def events_of(server: Served, id_: str) -> AsyncIterator[Json]:

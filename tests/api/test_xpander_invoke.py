@@ -11,7 +11,7 @@ import pytest
 from httpx_sse import EventSource, aconnect_sse
 from structlog.testing import capture_logs
 
-from app import events, keys, sse
+from app import events, keys
 from app.api.xpander import invoke
 from app.events import AnyEvent, Json
 from app.settings import Settings
@@ -36,20 +36,6 @@ SAFE = {
 def settings(settings: Settings) -> Settings:
     """With a lease that outlasts a loaded machine: nobody renews it here."""
     return settings.model_copy(update={"lease_seconds": 60})
-
-
-@pytest.fixture(params=["direct", "portable"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Of frames to the reader: over a detached connection, or through sse-starlette, as on any other ASGI server."""
-    if request.param == "portable":
-        monkeypatch.setattr(sse, "wire_of", lambda _: None)
-    return str(request.param)
-
-
-@pytest.fixture
-async def server(store: Store, settings: Settings, path: str) -> AsyncIterator[Served]:
-    async with served(store, settings) as running:
-        yield running
 
 
 Frames = AsyncIterator[Json]

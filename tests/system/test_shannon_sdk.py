@@ -107,10 +107,10 @@ async def test_an_agent_is_executed_waited_for_listed_and_read(
     client: AsyncShannonClient, http: httpx.AsyncClient
 ) -> None:
     with pytest.raises(errors.ShannonError) as raised:
-        await client.get_agent("nobody")
+        await client.get_agent("never-used")
     assert (str(raised.value.message), raised.value.code) == ("Agent not found", "404")
     known = {agent.id for agent in await client.list_agents()}
-    assert "nobody" not in known
+    assert "never-used" not in known
     execution = await client.execute_agent("echo", {"query": QUERY, "depth": 2}, session_id="of-an-agent")
     assert (execution.agent_id, execution.status, execution.session_id) == ("echo", "STATUS_CODE_OK", "of-an-agent")
     assert execution.workflow_id == execution.task_id
