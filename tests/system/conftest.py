@@ -252,23 +252,29 @@ class Proxy:
         """Streams asked for so far."""
         self.cut = 0
         """Connections cut so far."""
-        self._accepted: list[asyncio.StreamWriter] = []
+        self._writers: list[asyncio.StreamWriter] = []
+        """Of both sides: one that nobody holds any more would be reported if it is open."""
         self._serving: set[asyncio.Task[None]] = set()
+        self._closing = False
 
     def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """No coroutine: one that is cancelled before its first step would close nothing."""
-        self._accepted.append(writer)
+        self._writers.append(writer)
+        if self._closing:
+            writer.transport.abort()
+            return
         task = asyncio.create_task(self._serve(reader, writer))
         self._serving.add(task)
         task.add_done_callback(self._serving.discard)
 
     async def aclose(self) -> None:
         """Browsers keep connections open for later."""
+        self._closing = True
         serving = [*self._serving]
         for task in serving:
             task.cancel()
         await asyncio.gather(*serving, return_exceptions=True)
-        for writer in self._accepted:
+        for writer in self._writers:
             writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -281,9 +287,10 @@ class Proxy:
         connecting = asyncio.create_task(asyncio.open_connection("127.0.0.1", self._port))
         try:
             behind_reader, behind_writer = await asyncio.shield(connecting)
-        except asyncio.CancelledError:  # a connection that nobody holds any more would be reported
-            (await connecting)[1].transport.abort()
+        except asyncio.CancelledError:
+            self._writers.append((await connecting)[1])
             raise
+        self._writers.append(behind_writer)
         line = Line(self, behind_writer)
         asking = asyncio.create_task(line.ask(reader))
         try:
