@@ -145,8 +145,10 @@ local function prepare(plan)
   if change.thread then
     touch('list', plan.thread)
     plan.thread_size = tonumber(before.thread_size or '0') + #plan.event
-    local full = plan.thread_size > THREAD_BYTES or redis.call('LLEN', plan.thread) >= THREAD_MESSAGES
-    if change.thread == 'bounded' and full then return 'thread_full' end
+    if change.thread == 'bounded'
+      and (plan.thread_size > THREAD_BYTES or redis.call('LLEN', plan.thread) >= THREAD_MESSAGES) then
+      return 'thread_full'
+    end
   end
   local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
   plan.marks = plan.seq - marked_seq >= EVENTS_PER_MARK or plan.size - marked_size >= BYTES_PER_MARK
