@@ -39,6 +39,11 @@ def clock(micros: int) -> str:
     return f"{_second(micros // 1_000_000)}.{str(micros % 1_000_000).zfill(6)}Z"
 
 
+def moment(micros: int) -> str | None:
+    """As `clock`; None: it never was."""
+    return clock(micros) if micros else None
+
+
 @lru_cache(maxsize=256)
 def _second(seconds: int) -> str:
     return (_EPOCH + timedelta(seconds=seconds)).replace(tzinfo=None).isoformat()

@@ -403,7 +403,7 @@ def _usage(usage: Usage | None) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def text(value: Json) -> str:
+def text(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 

@@ -33,7 +33,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app import errors, events, log, metrics
-from app.answers import clock, plain
+from app.answers import moment, plain
 from app.claims import Claims
 from app.errors import Forbidden, Invalid, NotFound, OutOfOrder, Stale, TaskcastError
 from app.events import FINAL_OUTPUT, AnyEvent, Json
@@ -243,14 +243,10 @@ def task_body(task: Task) -> Json:
         "llm_effort": task.llm_effort or None,
         "output_schema": task.output_schema or None,
         "checkpoint": task.checkpoint,
-        "deadline_at": _clock(task.deadline_at),
-        "created_at": _clock(task.created_at),
+        "deadline_at": moment(task.deadline_at),
+        "created_at": moment(task.created_at),
         "trace": task.trace or None,
     }
-
-
-def _clock(micros: int) -> str | None:
-    return clock(micros) if micros else None
 
 
 def error_body(error: TaskcastError) -> tuple[int, Json]:

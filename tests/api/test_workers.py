@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from app import claims, errors, events, metrics
+from app.answers import moment
 from app.api import workers
 from app.api.workers import TYPES
 from app.claims import Claims
@@ -161,13 +162,13 @@ async def test_a_claim_tells_all_that_a_worker_needs(store: Store, worker: Worke
                 "llm_effort": "high",
                 "output_schema": {"type": "object"},
                 "checkpoint": {},
-                "deadline_at": workers._clock(task.deadline_at),
-                "created_at": workers._clock(task.created_at),
+                "deadline_at": moment(task.deadline_at),
+                "created_at": moment(task.created_at),
                 "trace": "00-ab-cd-01",
             }
         ],
     }
-    assert workers._clock(1_700_000_000_000_001) == "2023-11-14T22:13:20.000001Z"
+    assert moment(1_700_000_000_000_001) == "2023-11-14T22:13:20.000001Z"
 
 
 async def test_a_batch_is_the_oldest_tasks_and_no_two_workers_get_the_same(store: Store, worker: Worker) -> None:

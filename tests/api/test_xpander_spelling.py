@@ -98,7 +98,7 @@ def invoked(**body: Any) -> Invocation:
 
 
 def asked(**body: Any) -> Submission:
-    return submission(invoked(**body), AGENT, WHO, source="api", kind="agent")
+    return submission(invoked(**body), AGENT, WHO, source="api", kind="agent", version="1")
 
 
 def test_an_input_alone_is_enough() -> None:
@@ -176,7 +176,7 @@ def test_a_schema_binds_a_json_result_only() -> None:
 
 
 def test_a_workflow_is_an_orchestration() -> None:
-    made = submission(invoked(), AGENT, WHO, source="api", kind="workflow")
+    made = submission(invoked(), AGENT, WHO, source="api", kind="workflow", version="1")
     assert task_body(lived(question=made))["is_orchestration"] is True
     assert task_body(lived(question=asked()))["is_orchestration"] is False
 
@@ -198,8 +198,8 @@ SERVER: Json = {
 
 def test_secrets_stand_in_no_event() -> None:
     said = invoked(user_tokens={"mail": SECRET}, user_oidc_token=SECRET, mcp_servers=[SERVER])
-    first = submission(said, AGENT, WHO, source="api", kind="agent")
-    next_ = turn(stored(Status.COMPLETED), said, AGENT, "user:u", kind="agent")
+    first = submission(said, AGENT, WHO, source="api", kind="agent", version="1")
+    next_ = turn(stored(Status.COMPLETED), said, AGENT, "user:u", kind="agent", version="1")
     for event in (events.Submitted(task=first), next_):
         assert SECRET.encode() not in events.encode(event)
     body = task_body(lived(question=first))
@@ -286,7 +286,7 @@ def test_the_defaults_of_a_page_are_the_contracts() -> None:
 
 def test_a_turn_begins_with_what_its_request_says_alone() -> None:
     ended = lived(STARTED, events.Completed(result="Paris.", usage=USAGE), Restated(internal_status="x", title="Old"))
-    said = turn(ended, invoked(input={"text": "And Spain?"}), AGENT, "user:user", kind="agent")
+    said = turn(ended, invoked(input={"text": "And Spain?"}), AGENT, "user:user", kind="agent", version="1")
     found = lived(*LIVES[Status.COMPLETED], said)
     body = task_body(found)
     assert (body["status"], body["result"], body["finished_at"], body["title"]) == ("pending", None, None, None)
@@ -301,13 +301,15 @@ def test_a_turn_begins_with_what_its_request_says_alone() -> None:
 def test_a_turns_tokens_count_beside_those_of_the_turns_before() -> None:
     ended = stored(Status.COMPLETED)
     assert tokens_of(ended) == {"prompt_tokens": 200, "completion_tokens": 100, "total_tokens": 300}
-    found = lived(*LIVES[Status.COMPLETED], turn(ended, invoked(), AGENT, "user:u", kind="agent"), STARTED)
+    found = lived(*LIVES[Status.COMPLETED], turn(ended, invoked(), AGENT, "user:u", kind="agent", version="1"), STARTED)
     assert tokens_of(found) is None
     told = Tokens(prompt_tokens=200, completion_tokens=50)
     assert usage_of(told, found) == Usage(model="m-1", provider="anthropic", input_tokens=200, output_tokens=50)
     done = restated(found, Update.model_validate({"status": "completed", "tokens": {"prompt_tokens": 200}}), "user:u")
     assert done is not None
-    again = lived(*LIVES[Status.COMPLETED], turn(ended, invoked(), AGENT, "user:u", kind="agent"), STARTED, done)
+    again = lived(
+        *LIVES[Status.COMPLETED], turn(ended, invoked(), AGENT, "user:u", kind="agent", version="1"), STARTED, done
+    )
     assert tokens_of(again) == {"prompt_tokens": 200, "completion_tokens": 0, "total_tokens": 200}
     assert again.input_tokens == 400
 

@@ -52,14 +52,7 @@ async def list_agents(request: Request) -> Response:
     store, who = store_of(request), member(request)
     asked = query_of(request.query_params, Pages)
     found, total = await store.agents.list(who.org, offset=asked.offset, limit=asked.per_page)
-    body: Json = {
-        "items": [agent_body(agent) for agent in found],
-        "total": total,
-        "page": asked.page,
-        "per_page": asked.per_page,
-        "total_pages": -(-total // asked.per_page),
-    }
-    return reply(body)
+    return reply(asked.envelope([agent_body(agent) for agent in found], total))
 
 
 async def every_agent(request: Request) -> Response:

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager, suppress
 from functools import partial
 
 import structlog
-from msgspec.structs import replace
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -55,16 +54,14 @@ async def accepted(request: Request, agent_id: str, *, source: str, kind: str = 
     hidden = secrets(asked)
     event: events.AnyEvent
     if before is None:
-        made = submission(asked, agent, who, source=source, kind=kind)
-        made = replace(made, extra={**made.extra, "agent_version": version})
+        made = submission(asked, agent, who, source=source, kind=kind, version=version)
         event = events.Submitted(task=made)
         async with _hiding(store, who.org, made.id, made.submission, hidden):
             appended = await _submit(store, who, made)
         logger.info("task.submitted", task_id=made.id, org=who.org, agent=agent_id)
         return _then(EMPTY, made.id, event, appended)
     known = task(before.fields)
-    said = turn(known, asked, agent, actor(who), kind=kind)
-    event = replace(said, extra={**said.extra, "agent_version": version})
+    event = said = turn(known, asked, agent, actor(who), kind=kind, version=version)
     try:
         async with _hiding(store, who.org, known.id, said.submission, hidden):
             appended = await store.append(who.org, known.id, event)

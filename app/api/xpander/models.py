@@ -16,6 +16,7 @@ from app import events
 from app.errors import Invalid
 from app.events import Json
 from app.requests import json_of, read_body
+from app.task import text
 
 BODY_BYTES_MAX = events.EVENT_BYTES_MAX
 UPDATE_BYTES_MAX = 1024 * 1024
@@ -189,7 +190,7 @@ class Tokens(Model):
 
 def _as_text(value: Any) -> Any:
     """A handler may leave anything in a field that is a text."""
-    return value if value is None or isinstance(value, str) else msgspec.json.encode(value).decode()
+    return value if value is None or isinstance(value, str) else text(value)
 
 
 def _as_texts(value: Any) -> Any:
@@ -281,6 +282,11 @@ class Pages(Model):
     def offset(self) -> int:
         """A page beyond the end is an empty one, however far (§1.1)."""
         return min((self.page - 1) * self.per_page, OFFSET_MAX)
+
+    def envelope(self, items: list[Json], total: int) -> Json:
+        """The answer that holds this page (§2.3)."""
+        numbers = {"total": total, "page": self.page, "per_page": self.per_page}
+        return {"items": items, **numbers, "total_pages": -(-total // self.per_page)}
 
 
 class Paging(Listing, Pages):

@@ -4,20 +4,21 @@ No I/O. Sections (§) are those of the contract that its documents and its SDK a
 every key: an older SDK breaks on one that is absent, and a newer one takes its own default for it (§2.1). `result` is
 always a text, and the key `configuration` never appears: the SDK fails on both.
 
+It is long because it is one vocabulary: what a client may say, and each task, event and message that answers it.
+
 What it cannot say of a task: `held` and `paused` are one word, and a timed-out task is `failed`. Secrets
 (`user_oidc_token`, `user_tokens`, the keys and headers of MCP servers) reach the worker alone, and are null elsewhere.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, assert_never
+from typing import Any, TypedDict, assert_never
 from uuid import uuid4
 
-import msgspec
 from msgspec.structs import replace
 
 from app import errors, events
 from app.agents import Agent, effective
-from app.answers import clock, plain
+from app.answers import clock, moment, plain
 from app.api.xpander.models import Invocation, Metrics, Rejected, Report, Tokens, Update, Word
 from app.errors import Invalid, TaskcastError, TooLarge
 from app.events import AnyEvent, Continued, Entry, Json, Restated, Submission, Usage
@@ -61,7 +62,37 @@ REPORTED = f"{LOCAL}report"
 # Its request → our words
 
 
-def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, kind: str) -> Submission:
+class Particulars(TypedDict):
+    """What is the same in a first turn and in a later one."""
+
+    query: str
+    title: str
+    context: Json
+    queue: str
+    llm_provider: str
+    llm_model: str
+    llm_effort: str
+    output_schema: Json
+    extra: Json
+    submission: str
+
+
+def _particulars(asked: Invocation, agent: Agent, *, kind: str, version: str) -> Particulars:
+    return {
+        "query": asked.input.text or "",
+        "title": asked.title or "",
+        "context": asked.payload_extension or {},
+        "queue": _queue(asked, agent),
+        "llm_provider": asked.llm_model_provider or "",
+        "llm_model": asked.llm_model_name or "",
+        "llm_effort": asked.llm_reasoning_effort or "",
+        "output_schema": schema_of(asked),
+        "extra": {**_extra(asked, kind), "agent_version": version},
+        "submission": random_id(),
+    }
+
+
+def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, kind: str, version: str) -> Submission:
     """A new task. `kind`: `agent` or `workflow`, as which the agent was invoked; `source`: when the request names none.
 
     Raises Invalid when it could not be stored.
@@ -77,43 +108,21 @@ def submission(asked: Invocation, agent: Agent, who: Identity, *, source: str, k
         session=id_,
         parent=asked.parent_execution_id or "",
         trigger=asked.triggering_agent_id or "",
-        queue=_queue(asked, agent),
         dialect="xpander",
         source=asked.source or asked.source_node_type or source,
-        title=asked.title or "",
-        query=asked.input.text or "",
-        context=asked.payload_extension or {},
-        llm_provider=asked.llm_model_provider or "",
-        llm_model=asked.llm_model_name or "",
-        llm_effort=asked.llm_reasoning_effort or "",
-        output_schema=schema_of(asked),
-        extra=_extra(asked, kind),
-        submission=random_id(),
+        **_particulars(asked, agent, kind=kind, version=version),
     )
     return effective(made, agent)
 
 
-def turn(known: Task, asked: Invocation, agent: Agent, actor: str, *, kind: str) -> Continued:
+def turn(known: Task, asked: Invocation, agent: Agent, actor: str, *, kind: str, version: str) -> Continued:
     """The next turn of the task that the request names."""
-    extra = _extra(asked, kind)
+    particulars = _particulars(asked, agent, kind=kind, version=version)
     if known.status is Status.CANCELLED and known.attempt:
-        extra[STOPPED] = True
+        particulars["extra"][STOPPED] = True
     if known.total_tokens:
-        extra[COUNTED] = [known.input_tokens, known.output_tokens]
-    made = Continued(
-        actor=actor,
-        query=asked.input.text or "",
-        title=asked.title or "",
-        context=asked.payload_extension or {},
-        queue=_queue(asked, agent),
-        llm_provider=asked.llm_model_provider or "",
-        llm_model=asked.llm_model_name or "",
-        llm_effort=asked.llm_reasoning_effort or "",
-        output_schema=schema_of(asked),
-        extra=extra,
-        submission=random_id(),
-    )
-    return effective(made, agent)
+        particulars["extra"][COUNTED] = [known.input_tokens, known.output_tokens]
+    return effective(Continued(actor=actor, **particulars), agent)
 
 
 def secrets(asked: Invocation) -> Json:
@@ -335,9 +344,9 @@ def task_body(found: Task, children: Sequence[tuple[str, Status]] = ()) -> Json:
         "last_executed_node_id": None,
         "agent_version": extra.get("agent_version"),
         "created_at": clock(found.created_at),
-        "started_at": _time(found.started_at),
-        "paused_at": _time(found.paused_at),
-        "finished_at": _time(found.finished_at),
+        "started_at": moment(found.started_at),
+        "paused_at": moment(found.paused_at),
+        "finished_at": moment(found.finished_at),
         "result": result_of(found),
         "parent_execution": found.parent or None,
         "sub_executions": [id_ for id_, _ in children],
@@ -414,10 +423,6 @@ def tokens_of(found: Task) -> Json | None:
     if not prompt + completion:
         return None
     return {"completion_tokens": completion, "prompt_tokens": prompt, "total_tokens": prompt + completion}
-
-
-def _time(micros: int) -> str | None:
-    return clock(micros) if micros else None
 
 
 def task_item(found: Task) -> Json:
@@ -609,35 +614,40 @@ def _call_id(fields: Json) -> str:
 # Conversations
 
 
+def _question(event: AnyEvent) -> str | None:
+    if isinstance(event, events.Submitted):
+        return event.task.query
+    return event.query if isinstance(event, events.Continued) else None
+
+
+def _answer(event: AnyEvent) -> events.Completed | Restated | None:
+    """An end with a result, by whomever."""
+    if isinstance(event, events.Completed):
+        return event
+    return event if isinstance(event, Restated) and event.to == Status.COMPLETED and event.result else None
+
+
 def messages(found: Task, said: Iterable[Message], *, full: bool) -> list[Json]:
     """Of all turns; tool calls in the full thread only (§1.4)."""
     told: list[Json] = []
     for one in said:
         event = one.event
+        if (question := _question(event)) is not None:
+            told.append(_message(found, one, "user", question))
+        if answered := _answer(event):
+            told.append(_message(found, one, "assistant", answered.result) | _metrics(answered.usage))
         match event:
-            case events.Submitted():
-                told.append(_message(found, one, "user", event.task.query))
-            case events.Continued():
-                told.append(_message(found, one, "user", event.query))
-            case events.Completed():
-                told.append(_message(found, one, "assistant", event.result) | _metrics(event.usage))
-            case events.Restated(to=Status.COMPLETED) if event.result:
-                told.append(_message(found, one, "assistant", event.result) | _metrics(event.usage))
             case events.ToolCalled() if full:
                 call = {"name": event.tool, "arguments": text(event.params)}
                 made = {"id": event.call, "type": "function", "function": call}
                 told.append(_message(found, one, "assistant", None) | {"tool_calls": [made]})
             case events.ToolReturned() if full:
-                output = event.output if isinstance(event.output, str) else _json(event.output)
+                output = event.output if isinstance(event.output, str) else text(event.output)
                 answer = {"tool_call_id": event.call or None, "tool_name": event.tool}
                 told.append(_message(found, one, "tool", output) | answer | {"tool_call_error": not event.success})
             case _:
                 pass
     return told
-
-
-def _json(value: Any) -> str:
-    return msgspec.json.encode(value).decode()
 
 
 _METRICS: Json = {
@@ -680,15 +690,11 @@ def activity(found: Task, said: Iterable[Message]) -> Json:
     for one in said:
         event = one.event
         entry: Json = {"id": f"{found.id}:{one.seq}", "created_at": clock(one.at)}
+        if (question := _question(event)) is not None:
+            entries.append(entry | _said("user", question))
+        if answered := _answer(event):
+            entries.append(entry | _said("agent", answered.result or ""))
         match event:
-            case events.Submitted():
-                entries.append(entry | _said("user", event.task.query))
-            case events.Continued():
-                entries.append(entry | _said("user", event.query))
-            case events.Completed():
-                entries.append(entry | _said("agent", event.result))
-            case events.Restated(to=Status.COMPLETED) if event.result:
-                entries.append(entry | _said("agent", event.result))
             case events.ToolCalled():
                 entries.append(entry | _used(event) | {"is_error": None, "result": None})
             case events.ToolReturned():

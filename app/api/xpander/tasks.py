@@ -100,13 +100,7 @@ async def _list(request: Request, asked: Paging) -> Response:
         )
     except Invalid as error:
         raise Rejected([wrong(("query", "cursor"), "value_error", str(error), asked.cursor)]) from error
-    body: Json = {
-        "items": [task_item(task) for task in found.tasks],
-        "total": found.total,
-        "page": asked.page,
-        "per_page": asked.per_page,
-        "total_pages": -(-found.total // asked.per_page),
-    }
+    body = asked.envelope([task_item(task) for task in found.tasks], found.total)
     if asked.cursor is not None:
         body["next_cursor"] = found.next
     return reply(body, 200, {"X-Total-Capped": "true"} if found.capped else {})
