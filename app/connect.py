@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from importlib.resources import files
-from typing import Any
+from typing import Any, TypeVar
 
 import hiredis
 from msgspec import Struct
@@ -104,13 +104,24 @@ class Door:
         self, name: str, keys: Sequence[str], args: Sequence[Arg], *, repeat: bool = False, slow: bool = False
     ) -> Any:
         """Runs `app/lua/<name>.lua`. Raises Unavailable, Full."""
-        lua = script(name)
         lane = self._slow if slow else self._fast
+        return await self._evaluate(lane, ("EVALSHA", script(name).sha, len(keys), *keys, *args), repeat=repeat)
+
+    async def share(
+        self, name: str, key: str, head: Sequence[Arg], args: Sequence[Arg], *, weight: float, repeat: bool = False
+    ) -> Any:
+        """Runs `app/lua/<name>.lua`, which takes one key and `args` for each of many things, for one of them; those that are
+        asked for at the same time share a call if their heads are equal, and their weights, parts of what a call may
+        hold, are at most 1 together. Raises Unavailable, Full.
+        """
+        return await self._evaluate(self._fast, Share(script(name).sha, key, (*head,), args, weight), repeat=repeat)
+
+    async def _evaluate(self, lane: "Lane", command: "Command", *, repeat: bool) -> Any:
         try:
-            return await self._ask(lane, ("EVALSHA", lua.sha, len(keys), *keys, *args), repeat=repeat)
+            return await self._ask(lane, command, repeat=repeat)
         except exceptions.NoScriptError:  # a restarted server: it has not run anything
             await self.load()
-            return await self._ask(lane, ("EVALSHA", lua.sha, len(keys), *keys, *args), repeat=repeat)
+            return await self._ask(lane, command, repeat=repeat)
 
     async def load(self) -> None:
         """Gives the server all scripts."""
@@ -118,7 +129,7 @@ class Door:
         loads = [self._ask(self._fast, ("SCRIPT", "LOAD", script(n).text), repeat=True) for n in names if n != "commit"]
         await asyncio.gather(*loads)
 
-    async def _ask(self, lane: "Lane", command: tuple[Arg, ...], *, repeat: bool) -> Any:
+    async def _ask(self, lane: "Lane", command: "Command", *, repeat: bool) -> Any:
         until = time.monotonic() + REPEAT_SECONDS
         pause = 0.02
         while True:
@@ -219,6 +230,21 @@ def _refusal(text: str) -> exceptions.RedisError:
     return _REFUSALS.get(text.partition(" ")[0], exceptions.ResponseError)(text)
 
 
+class Share(Struct, frozen=True, gc=False):
+    """One thing's part of a script's call."""
+
+    sha: str
+    key: str
+    head: tuple[Arg, ...]
+    args: Sequence[Arg]
+    weight: float
+
+
+Command = tuple[Arg, ...] | Share
+Asked = tuple[Command, asyncio.Future[Any]]
+T = TypeVar("T")
+
+
 class Lane:
     """One round trip at a time; what is asked meanwhile goes out together with the next."""
 
@@ -229,16 +255,16 @@ class Lane:
         shapes: Mapping[Any, Callable[..., Any]] = redis.response_callbacks
         self._shapes = {name: shape for name, shape in shapes.items() if name not in {"XRANGE", "XREVRANGE"}}
         """redis-py's, which give some replies a friendlier shape; of entries it would make dictionaries."""
-        self._asked: list[tuple[tuple[Arg, ...], asyncio.Future[Any]]] = []
+        self._asked: list[Asked] = []
         self._trip: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def ask(self, command: tuple[Arg, ...]) -> Any:
+    async def ask(self, command: Command) -> Any:
         """Raises Invalid for text that is not UTF-8: it must not spoil the others' trip."""
         if self._closed:
             raise Unavailable("The store is closed.")
         try:
-            for word in command:
+            for word in command.args if isinstance(command, Share) else command:
                 if isinstance(word, str):
                     word.encode()
         except UnicodeEncodeError as error:
@@ -253,28 +279,34 @@ class Lane:
         try:
             while self._asked:
                 batch, self._asked = self._asked[: self.BATCH_MAX], self._asked[self.BATCH_MAX :]
+                calls = calls_of(batch)
                 if self._line.ended:
                     self._line.close()
                 try:
-                    answers = await self._line.trip([command for command, _ in batch])
+                    answers = await self._line.trip([command_of(call) for call in calls])
                 except asyncio.CancelledError:
                     for _, future in batch:
                         future.cancel()
                     raise
                 except Exception as error:  # noqa: BLE001 (whatever it is, everybody in the batch has to hear of it)
-                    answers = [error] * len(batch)
-                for (command, future), answer in zip(batch, answers, strict=True):
-                    if future.done():  # whoever asked has left
-                        continue
-                    try:
-                        if isinstance(answer, Exception):
-                            raise in_our_words(answer)
-                        shape = self._shapes.get(command[0])
-                        future.set_result(shape(answer) if shape else answer)
-                    except Exception as error:  # noqa: BLE001 (the others wait for their answers)
-                        future.set_exception(error)
+                    answers = [error] * len(calls)
+                for call, answer in zip(calls, answers, strict=True):
+                    shared = isinstance(call[0][0], Share) and not isinstance(answer, Exception)
+                    for (command, future), one in zip(call, answer if shared else [answer] * len(call), strict=True):
+                        self._tell(future, command, one)
         finally:
             self._trip = None
+
+    def _tell(self, future: asyncio.Future[Any], command: Command, answer: Any) -> None:
+        if future.done():  # whoever asked has left
+            return
+        try:
+            if isinstance(answer, Exception):
+                raise in_our_words(answer)
+            shape = None if isinstance(command, Share) else self._shapes.get(command[0])
+            future.set_result(shape(answer) if shape else answer)
+        except Exception as error:  # noqa: BLE001 (the others wait for their answers)
+            future.set_exception(error)
 
     async def aclose(self) -> None:
         self._closed = True
@@ -285,6 +317,33 @@ class Lane:
         self._line.close()
         for _, future in self._asked:
             future.cancel()
+
+
+def calls_of(batch: Sequence[tuple[Command, T]]) -> list[list[tuple[Command, T]]]:
+    """What shares a call stands together; the order stays."""
+    calls: list[list[tuple[Command, T]]] = []
+    weight, head = 0.0, None
+    for asked in batch:
+        command = asked[0]
+        if not isinstance(command, Share):
+            head = None
+            calls.append([asked])
+        elif head == (command.sha, command.head) and weight + command.weight <= 1:
+            weight += command.weight
+            calls[-1].append(asked)
+        else:
+            weight, head = command.weight, (command.sha, command.head)
+            calls.append([asked])
+    return calls
+
+
+def command_of(call: Sequence[tuple[Command, T]]) -> tuple[Arg, ...]:
+    first = call[0][0]
+    if not isinstance(first, Share):
+        return first
+    shares = [command for command, _ in call if isinstance(command, Share)]
+    keys = [share.key for share in shares]
+    return "EVALSHA", first.sha, len(keys), *keys, *first.head, *(word for share in shares for word in share.args)
 
 
 def client(url: str) -> Redis:

@@ -19,7 +19,7 @@ from app.connect import BLOCK_SECONDS, Arg, Door, Line
 from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
 from app.settings import Settings
-from app.task import GONE, TERMINAL, THREAD_BYTES_MAX, THREAD_MESSAGES_MAX, Snapshot, Status, apply, rows
+from app.task import GONE, TERMINAL, THREAD_BYTES_MAX, THREAD_MESSAGES_MAX, Snapshot, Status, apply, parts, rows
 
 PAGE_ENTRIES = 500
 """Of history, per read; a page also ends at 1 MiB."""
@@ -118,12 +118,14 @@ class Said(Struct, frozen=True, gc=False):
     tag: str
     encoded: bytes
     rows: bytes
+    sets: list[str]
+    """`task.parts`."""
 
 
 def said(event: AnyEvent, only: Collection[str] = ()) -> Said:
     """Encoded and checked, once; `only`: legal in no other statuses. Raises Invalid; TooLarge beyond EVENT_BYTES_MAX."""
     assert not isinstance(event, events.Submitted | events.Started | events.Deleted), "these have their own steps"
-    return Said(event, events.tag(event), events.encode(event), rows(event, only))
+    return Said(event, events.tag(event), events.encode(event), *parts(event, only))
 
 
 class Log:
@@ -143,8 +145,10 @@ class Log:
         """
         event = _submitted(task, actor)
         place, head = self._place(task.org, task.id)
-        args: list[Arg] = [*head, task.org, task.id, events.encode(event), rows(event), task.submission, task.body_hash]
-        answer = await self.door.run("submit", [place], args, repeat=True)
+        encoded, (moves, sets) = events.encode(event), parts(event)
+        args: list[Arg] = [task.org, task.id, encoded, moves, task.submission, task.body_hash, len(sets), *sets]
+        weight = max(2 * len(encoded) / BATCH_BYTES_MAX, 1 / BATCH_EVENTS_MAX)
+        answer = await self.door.share("submit", place, head, args, weight=weight, repeat=True)
         code = answer[0].decode()
         if code == "mismatch":
             raise Conflict("This idempotency key was used with another request body.")
@@ -204,7 +208,7 @@ class Log:
         repeat: bool,
     ) -> list[Appended | TaskcastError]:
         place, head = self._place(org, task)
-        args: list[Arg] = [*head, org, task, "" if fence is None else fence, *options]
+        words: list[Arg] = []
         size = 0
         for n, one in numbered:
             if isinstance(one.event, events.ChildSubmitted):
@@ -212,11 +216,13 @@ class Log:
             if isinstance(n, int) and n < 1:
                 raise Invalid("A worker's events are numbered from 1.")  # before that, all would seem repeated
             size += len(one.encoded)
-            args += [n, one.tag, one.encoded, one.rows]
+            words += (n, one.tag, one.encoded, one.rows, len(one.sets), *one.sets)
         if size > BATCH_BYTES_MAX:
             raise TooLarge(f"These events have {size} bytes; at most {BATCH_BYTES_MAX} are allowed at once.")
         outcomes: list[Appended | TaskcastError] = []
-        answers = await self.door.run("append", [place], args, repeat=repeat)
+        args: list[Arg] = [org, task, "" if fence is None else fence, *options, len(words), *words]
+        weight = max(size / BATCH_BYTES_MAX, len(numbered) / BATCH_EVENTS_MAX)
+        answers = await self.door.share("append", place, head, args, weight=weight, repeat=repeat)
         for answer, (_, one) in zip(answers, numbered, strict=False):
             code = answer[0].decode()
             if code in {"ok", "duplicate"}:

@@ -182,12 +182,14 @@ def targets(event: AnyEvent) -> dict[Status, Status]:
 def changes(event: AnyEvent, only: Collection[str] = ()) -> dict[Status, Change]:
     """The event's row for each status in which it is legal; `only`: for these."""
     return {
-        before: _change(event, before, after) for before, after in targets(event).items() if not only or before in only
+        before: _change(_effects(event, before), before, after)
+        for before, after in targets(event).items()
+        if not only or before in only
     }
 
 
-def _change(event: AnyEvent, before: Status, after: Status) -> Change:
-    row = _effects(event, before)
+def _change(row: Change, before: Status, after: Status) -> Change:
+    """An event's effects, with those of the move."""
     if after is before:
         return row
     stamp, clear = list(row.stamp), list(row.clear)
@@ -407,45 +409,44 @@ def text(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
+_shape = msgspec.json.Decoder(Change).decode
+
+
 class Row(Struct, frozen=True, array_like=True):
     statuses: tuple[str, ...]
     change: Change
 
 
 def rows(event: AnyEvent, only: Collection[str] = ()) -> bytes:
-    """`changes`, as the script takes them: JSON, statuses that share a change together. `only`: of these statuses."""
-    if type(event) in CONSTANT:
-        return _constant_rows(type(event))
-    return _rows(event, only)
+    """`changes`, as a script takes them: JSON, statuses that share a change together. `only`: of these statuses."""
+    return _rows(changes(event, only))
 
 
-# Events whose rows do not depend on what they say: encoded once per type, for they are the frequent ones.
-CONSTANT: frozenset[type[Event]] = frozenset(
-    {
-        events.TextDelta,
-        events.Noted,
-        events.ToolCalled,
-        events.ToolReturned,
-        events.Thinking,
-        events.AgentStarted,
-        events.AgentCompleted,
-        events.PlanUpdated,
-    }
-)
+def parts(event: AnyEvent, only: Collection[str] = ()) -> tuple[bytes, list[str]]:
+    """`rows` in two parts: without what the event sets, which is often the same and therefore at hand, and the fields
+    that it sets in each status, name and value in turn.
+    """
+    if isinstance(event, events.Restated):  # sets other fields in other statuses
+        return rows(event, only), []
+    effects = _effects(event, QUEUED)
+    values = effects.set
+    bare = msgspec.structs.replace(effects, set={}) if values else effects
+    shape = msgspec.json.encode(bare)
+    return _shaped_rows(type(event), (*only,), shape, (*values,)), [word for pair in values.items() for word in pair]
 
 
-@lru_cache
-def _constant_rows(kind: type[AnyEvent]) -> bytes:
-    change = Change(
-        text="append" if kind is events.TextDelta else "",
-        thread="bounded" if kind in {events.ToolCalled, events.ToolReturned} else "",
+@lru_cache(maxsize=1000)
+def _shaped_rows(kind: type[AnyEvent], only: tuple[str, ...], shape: bytes, names: tuple[str, ...]) -> bytes:
+    effects = msgspec.structs.replace(_shape(shape), set=dict.fromkeys(names, ""))
+    moves = {before: after for before, after in TABLE[kind].items() if not only or before in only}
+    return _rows(
+        {before: msgspec.structs.replace(_change(effects, before, after), set={}) for before, after in moves.items()}
     )
-    return msgspec.json.encode([Row(tuple(before.value for before in TABLE[kind]), change)])
 
 
-def _rows(event: AnyEvent, only: Collection[str]) -> bytes:
+def _rows(moves: Mapping[Status, Change]) -> bytes:
     grouped: list[tuple[list[str], Change]] = []
-    for before, change in changes(event, only).items():
+    for before, change in moves.items():
         for statuses, seen in grouped:
             if seen == change:
                 statuses.append(before.value)

@@ -22,7 +22,7 @@ import uvloop
 
 from app import events
 from app.api.shannon import spelling
-from app.connect import Arg, Door, script
+from app.connect import Arg, Door, Share, calls_of, command_of, script
 from app.events import Submission, Thinking
 from app.identity import DEVELOPMENT, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identity
 from app.log import Log
@@ -114,23 +114,27 @@ def tell(spent: Sequence[int], count: int) -> None:
     say(json.dumps(figures))
 
 
-# Bare: commands made before the clock starts, sent SLOTS at a time over a plain socket
+# Bare: what is asked of the store, made before the clock starts and shared as it shares it, SLOTS at a time over a plain
+# socket
 
 
-def bare(url: str, valkey: int, commands: Sequence[bytes]) -> None:
-    batches = [b"".join(commands[i : i + SLOTS]) for i in range(0, len(commands), SLOTS)]
+def bare(url: str, valkey: int, shares: Sequence[Share]) -> None:
+    batches = [calls_of([(share, None) for share in shares[i : i + SLOTS]]) for i in range(0, len(shares), SLOTS)]
+    packed = [b"".join(hiredis.pack_command(command_of(call)) for call in calls) for calls in batches]
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(unquote(urlsplit(url).path))
         replies = hiredis.Reader()
         with measuring(*clocks(valkey)) as spent:
-            for batch in batches:
+            for batch, calls in zip(packed, batches, strict=True):
                 sock.sendall(batch)
-                for _ in range(SLOTS):
+                for call in calls:
                     while (reply := replies.gets()) is False:
                         replies.feed(sock.recv(READ_BYTES))
-                    code, *_ = reply[0] if isinstance(reply[0], list) else reply  # of an append: one reply per event
-                    assert code == b"ok", reply
-    tell(spent, len(commands))
+                    assert len(reply) == len(call), reply
+                    for one in reply:
+                        code, *_ = one[0] if isinstance(one[0], list) else one  # of an append: one reply per event
+                        assert code == b"ok", one
+    tell(spent, len(shares))
 
 
 class Kept(Exception):
@@ -138,17 +142,19 @@ class Kept(Exception):
 
 
 class Keeps(Door):
-    """Keeps commands instead of sending them."""
+    """Keeps what it is asked to share instead of sending it."""
 
     def __init__(self) -> None:
-        self.commands: list[bytes] = []
+        self.shares: list[Share] = []
 
-    async def run(self, name: str, keys: Sequence[str], args: Sequence[Arg], **_: bool) -> Any:
-        self.commands.append(hiredis.pack_command(("EVALSHA", script(name).sha, len(keys), *keys, *args)))  # type: ignore[arg-type] # as in connect.py
+    async def share(
+        self, name: str, key: str, head: Sequence[Arg], args: Sequence[Arg], *, weight: float, **_: bool
+    ) -> Any:
+        self.shares.append(Share(script(name).sha, key, (*head,), args, weight))
         raise Kept
 
 
-async def event_commands(store: Store) -> list[bytes]:
+async def event_shares(store: Store) -> list[Share]:
     """What a worker sends for the events of SLOTS tasks, which run."""
     for _ in range(SLOTS):
         await store.submit(submission("emit"))
@@ -159,7 +165,7 @@ async def event_commands(store: Store) -> list[bytes]:
         for one in claimed:
             with suppress(Kept):
                 await log.append(one.org, one.task, event, fence=one.fence, n=n)
-    return door.commands
+    return door.shares
 
 
 def asked() -> Submission:
@@ -167,13 +173,13 @@ def asked() -> Submission:
     return spelling.submission(BODY, Identity(org=DEVELOPMENT_ORG, user=DEVELOPMENT_USER, key=DEVELOPMENT))
 
 
-async def submit_commands(store: Store) -> list[bytes]:
+async def submit_shares(store: Store) -> list[Share]:
     door = Keeps()
     log = Log(door, store.partitions, store.settings)
     for _ in range(SUBMITS):
         with suppress(Kept):
             await log.submit(asked())
-    return door.commands
+    return door.shares
 
 
 async def submits(store: Store, valkey: int) -> None:
@@ -195,9 +201,9 @@ async def main(what: str, url: str) -> None:
         if what == "submits":
             await submits(store, valkey)
         elif what == "bare-submits":
-            bare(url, valkey, await submit_commands(store))
+            bare(url, valkey, await submit_shares(store))
         else:
-            bare(url, valkey, await event_commands(store))
+            bare(url, valkey, await event_shares(store))
 
 
 if __name__ == "__main__":

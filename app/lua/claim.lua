@@ -17,12 +17,15 @@ if known then return answer(cjson.decode(known)) end
 local LOOK_MAX = 1000
 local waiting, seen, now = {}, {}, now_us()
 local function look(queue, at)
-  local found, from, size = 0, 0, free
+  local found, from, size = 0, 0, math.min(free, LOOK_MAX)
   while found < free and from < LOOK_MAX do
     local page = redis.call('ZRANGEBYSCORE', queue, '-inf', digits(now), 'WITHSCORES', 'LIMIT', from, size)
     if #page == 0 then return end
+    local members = {}
+    for j = 1, #page, 2 do members[#members + 1] = page[j] end
+    local dues = redis.call('ZMSCORE', key('due'), unpack(members))
     for j = 1, #page, 2 do
-      local due = redis.call('ZSCORE', key('due'), page[j])
+      local due = dues[(j + 1) / 2]
       if not seen[page[j]] and not (due and tonumber(due) * 1000 <= now) then
         seen[page[j]] = true
         found = found + 1
@@ -40,15 +43,15 @@ table.sort(waiting, function(a, b)
   return a.member < b.member
 end)
 
-local plans, strays, rows = {}, {}, {}
+local plans, strays = {}, {}
 for i = 1, math.min(free, #waiting) do
   local one = waiting[i]
   local org, id = string.match(one.member, '^([^/]*)/(.*)$')
   local fields = org and load(org, id)
-  rows[one.at] = rows[one.at] or cjson.decode(ARGV[one.at + 2])
-  local change = fields and row(rows[one.at], fields.status)
+  local change = fields and row(ARGV[one.at + 2], fields.status)
   if change then
-    local plan = { org = org, id = id, fields = fields, type = 'started', event = ARGV[one.at + 1], n = '', lease = lease }
+    local plan = { org = org, id = id, fields = fields, type = 'started', event = ARGV[one.at + 1], n = '', lease = lease,
+      sets = NOTHING }
     plan.change = change
     prepare(plan)
     plans[#plans + 1] = plan
@@ -67,5 +70,6 @@ for i, plan in ipairs(plans) do
   write(plan)
   claimed[i] = { plan.org, plan.id, plan.after.fence }
 end
+pay()
 if #claimed > 0 then redis.call('SET', kept, cjson.encode(claimed), 'EX', 60) end
 return answer(claimed)

@@ -22,41 +22,57 @@ local SUM_MAX = 9007199254740991
 -- Priorities 0, 1, 2 count as if the task had waited so many µs longer.
 local HEAD_START = { ['1'] = 60000000, ['2'] = 600000000 }
 
+local NOTHING = {}
+
 -- Lua prints large numbers as 1.7e+15; ids and scores need every digit.
-local function digits(number) return string.format('%.0f', number) end
+local function digits(number) return string.format('%d', number) end
 
 local function key(kind, rest)
   if rest then return PREFIX .. kind .. ':' .. rest end
   return PREFIX .. kind
 end
 
+-- Seconds and µs, read once: all that one call writes happens at one time.
+local clock
+local function time()
+  clock = clock or redis.call('TIME')
+  return clock[1], clock[2]
+end
+
 -- The store's time in µs: never before the log's last id, wherever the clock of this server stands, so that what an
 -- entry's time made ready, leased or due is so at once.
 local function now_us()
-  local now = redis.call('TIME')
-  local us = tonumber(now[1]) * 1000000 + tonumber(now[2])
+  local seconds, micros = time()
+  local us = tonumber(seconds) * 1000000 + tonumber(micros)
   local last = redis.call('XREVRANGE', key('log'), '+', '-', 'COUNT', 1)[1]
   local ms = last and tonumber(string.match(last[1], '^(%d+)')) or 0
   return math.max(us, ms * 1000)
 end
 
-local NAMES = { 'status', 'last_seq', 'size', 'fence', 'attempt', 'n', 'owner', 'user', 'agent', 'session', 'parent',
-  'trigger', 'queue', 'priority', 'created_at', 'ready_at', 'deadline_at', 'internal_status', 'text_agent',
-  'submission', 'body_hash', 'id', 'last_event_id', 'max_attempts', 'refunds', 'expires_at', 'waits', 'children',
-  'review_round', 'review_version', 'stated_version', 'thread_size' }
+-- What most steps look at; a snapshot has more.
+local NAMES = { 'status', 'last_seq', 'size', 'fence', 'attempt', 'n', 'owner', 'user', 'agent', 'session', 'queue',
+  'priority', 'created_at', 'ready_at', 'deadline_at', 'expires_at', 'internal_status', 'text_agent', 'last_event_id',
+  'waits', 'thread_size' }
 
--- The fields of a snapshot that scripts look at; nil when there is no such task.
+-- Those fields of a snapshot, false where it has none; nil when there is no such task.
 local function load(org, id)
-  local values = redis.call('HMGET', key('task', org .. ':' .. id), unpack(NAMES))
-  if not values[1] then return nil end
-  local fields = {}
-  for i, name in ipairs(NAMES) do fields[name] = values[i] or nil end
-  return fields
+  local v = redis.call('HMGET', key('task', org .. ':' .. id), unpack(NAMES))
+  if not v[1] then return nil end
+  -- Made at once: a table that grows field by field is moved at each power of two.
+  return { status = v[1], last_seq = v[2], size = v[3], fence = v[4], attempt = v[5], n = v[6], owner = v[7],
+    user = v[8], agent = v[9], session = v[10], queue = v[11], priority = v[12], created_at = v[13], ready_at = v[14],
+    deadline_at = v[15], expires_at = v[16], internal_status = v[17], text_agent = v[18], last_event_id = v[19],
+    waits = v[20], thread_size = v[21] }
 end
 
--- The row for this status, from [[[statuses…], change]…], as text or decoded; nil: the table refuses.
+-- Others of its fields, in their order, false where it has none.
+local function more(org, id, ...) return unpack(redis.call('HMGET', key('task', org .. ':' .. id), ...)) end
+
+-- The row for this status, from [[[statuses…], change]…]; nil: the table refuses.
+local decoded = {}
 local function row(rows, status)
-  for _, pair in ipairs(type(rows) == 'table' and rows or cjson.decode(rows)) do
+  decoded[rows] = decoded[rows] or cjson.decode(rows)
+  for _, pair in ipairs(decoded[rows]) do
     for _, legal in ipairs(pair[1]) do
       if legal == status then return pair[2] end
     end
@@ -89,16 +105,59 @@ local function waiting_indexes_of(fields, org) return indexes_of(fields, org .. 
 
 local function internal_index_of(org, value) return key('index', org .. ':internal:' .. value) end
 
+-- Each key once per call.
+local touched = {}
 local function touch(kind, name)
+  if touched[name] then return end
   local found = redis.call('TYPE', name).ok
   if found ~= kind and found ~= 'none' then error({ err = 'WRONGTYPE ' .. name .. ' is a ' .. found }) end
+  touched[name] = true
 end
 
 -- Sorted sets, all in one call, for each call costs more than what it does: the intersection with a set that never is
 -- looks at the type of each key, and at no member.
 local function touch_sets(names)
-  redis.call('ZINTERCARD', #names + 1, key('none'), unpack(names))
+  local fresh = {}
+  for _, name in ipairs(names) do
+    if not touched[name] then fresh[#fresh + 1] = name end
+  end
+  if #fresh == 0 then return end
+  redis.call('ZINTERCARD', #fresh + 1, key('none'), unpack(fresh))
+  for _, name in ipairs(fresh) do touched[name] = true end
 end
+
+-- What this call owes to sorted sets and to the partition's counters: paid at its end, and before it looks at a task
+-- again, in one command per key however many tasks it is about.
+local OWED_MAX = 1000 -- writes; Lua passes at most 8,000 words to a command
+local owed = { add = {}, remove = {}, count = {}, tasks = {}, writes = 0 }
+local entries, entry_bytes
+
+local function pay()
+  for name, members in pairs(owed.add) do redis.call('ZADD', name, unpack(members)) end
+  for name, members in pairs(owed.remove) do redis.call('ZREM', name, unpack(members)) end
+  if entries then redis.call('HSET', key('count'), 'n', digits(entries), 'bytes', digits(entry_bytes)) end
+  for name, count in pairs(owed.count) do redis.call('HINCRBY', key('count'), name, count) end
+  owed = { add = {}, remove = {}, count = {}, tasks = {}, writes = 0 }
+end
+
+local function owe(plan, to, name)
+  owed.tasks[plan.member] = true
+  to[name] = to[name] or {}
+  return to[name]
+end
+
+local function add(plan, name, score, member)
+  local members = owe(plan, owed.add, name)
+  members[#members + 1] = score
+  members[#members + 1] = member
+end
+
+local function remove(plan, name, member)
+  local members = owe(plan, owed.remove, name)
+  members[#members + 1] = member
+end
+
+local function count(name, by) owed.count[name] = (owed.count[name] or 0) + by end
 
 -- When the ticker has to look at the task: the earlier of its two deadlines, or nil.
 local function due_of(fields)
@@ -107,42 +166,82 @@ local function due_of(fields)
   return deadline or expiry
 end
 
--- plan: org, id, fields (before; {} for a new task), change, type, event (JSON), n ('' when no worker spoke),
--- lease (ms, of a claim). Adds everything that `write` needs. Returns an error code, or nil.
+-- Before its first mark a task has no `next`.
+local function prepare_mark(plan, task)
+  plan.next, plan.next_text = key('next', task), key('next-text', task)
+  plan.base, plan.base_text = key('base', task), key('base-text', task)
+  plan.text = key('text', task)
+  plan.mark = redis.call('HMGET', plan.next, 'last_seq', 'size', 'last_event_id')
+  local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
+  plan.marks = plan.seq - marked_seq >= EVENTS_PER_MARK or plan.size - marked_size >= BYTES_PER_MARK
+  if plan.marks then
+    touch('string', plan.text)
+    touch('string', plan.next_text)
+    touch('hash', plan.base)
+    touch('string', plan.base_text)
+  end
+end
+
+local function extend(list, more)
+  for _, item in ipairs(more) do list[#list + 1] = item end
+end
+
+local function prepare_indexes(plan)
+  local org, before, after, join, leave = plan.org, plan.fields, plan.after, {}, {}
+  if plan.new then extend(join, task_indexes_of(after, org)) end
+  if after.status ~= before.status then
+    extend(join, status_indexes_of(after, org, after.status))
+    if not plan.new then extend(leave, status_indexes_of(before, org, before.status)) end
+  end
+  if after.internal_status ~= before.internal_status then
+    if after.internal_status then extend(join, { internal_index_of(org, after.internal_status) }) end
+    if before.internal_status then extend(leave, { internal_index_of(org, before.internal_status) }) end
+  end
+  if after.waits and not before.waits then extend(join, waiting_indexes_of(after, org)) end
+  if before.waits and not after.waits then extend(leave, waiting_indexes_of(before, org)) end
+  touch_sets(join)
+  touch_sets(leave)
+  plan.join, plan.leave = join, leave
+end
+
+-- plan: org, id, fields (before; {} for a new task), change, sets (fields that it sets besides, name and value in turn),
+-- type, event (JSON), n ('' when no worker spoke), lease (ms, of a claim). Adds everything that `write` needs. Returns an error code, or nil.
 local function prepare(plan)
   local org, id, change, before = plan.org, plan.id, plan.change, plan.fields
   local task = org .. ':' .. id
-  plan.task, plan.events, plan.text = key('task', task), key('events', task), key('text', task)
-  plan.next, plan.base = key('next', task), key('base', task)
-  plan.next_text, plan.base_text = key('next-text', task), key('base-text', task)
-  plan.thread = key('thread', task)
+  plan.task, plan.events = key('task', task), key('events', task)
   plan.member = org .. '/' .. id
+  plan.new = before.created_at == nil
 
-  for name, value in pairs(change.guard or {}) do
-    if (before[name] or '') ~= value then return 'guarded' end
+  for name, value in pairs(change.guard or NOTHING) do
+    if (more(org, id, name) or '') ~= value then return 'guarded' end
   end
-  local after = {}
-  for name, value in pairs(before) do after[name] = value end
-  for _, name in ipairs(change.clear or {}) do after[name] = nil end
-  for name, value in pairs(change.set or {}) do after[name] = value end
-  for name, value in pairs(change.fill or {}) do after[name] = after[name] or value end
-  after.status = change.status or before.status
-  local add = change.add or {}
-  after.fence = digits(tonumber(after.fence or '0') + (add.fence or 0))
-  after.attempt = digits(tonumber(after.attempt or '0') + (add.attempt or 0))
+  local after, sets = before, plan.sets
+  if change.status or change.set or change.clear or change.add or #sets > 0 then
+    after = {}
+    for name, value in pairs(before) do after[name] = value end
+    for _, name in ipairs(change.clear or NOTHING) do after[name] = false end
+    for name, value in pairs(change.set or NOTHING) do after[name] = value end
+    for i = 1, #sets, 2 do after[sets[i]] = sets[i + 1] end
+    after.status = change.status or before.status
+    local rises = change.add or NOTHING
+    after.fence = digits(tonumber(after.fence or '0') + (rises.fence or 0))
+    after.attempt = digits(tonumber(after.attempt or '0') + (rises.attempt or 0))
+  end
   plan.after = after
   plan.seq = tonumber(before.last_seq or '0') + 1
   plan.size = tonumber(before.size or '0') + #plan.event
-  plan.new = before.created_at == nil
-  plan.moved = after.status ~= before.status
-  plan.mark = redis.call('HMGET', plan.next, 'last_seq', 'size', 'last_event_id')
 
-  -- Not the counters, which take the first write of all, nor the snapshot, which was read.
+  -- Not the counters, which are read before the first write, nor the snapshot, which was.
   touch('stream', key('log'))
   touch('list', key('marks'))
   touch('stream', plan.events)
-  if change.text then touch('string', plan.text) end
+  if change.text then
+    plan.text = key('text', task)
+    touch('string', plan.text)
+  end
   if change.thread then
+    plan.thread = key('thread', task)
     touch('list', plan.thread)
     plan.thread_size = tonumber(before.thread_size or '0') + #plan.event
     if change.thread == 'bounded'
@@ -150,37 +249,14 @@ local function prepare(plan)
       return 'thread_full'
     end
   end
-  local marked_seq, marked_size = tonumber(plan.mark[1] or '0'), tonumber(plan.mark[2] or '0')
-  plan.marks = plan.seq - marked_seq >= EVENTS_PER_MARK or plan.size - marked_size >= BYTES_PER_MARK
-  if plan.marks then
-    touch('string', plan.next_text)
-    touch('hash', plan.base)
-    touch('string', plan.base_text)
-  end
-  plan.join, plan.leave = {}, {}
-  if plan.new then
-    plan.join = task_indexes_of(after, org)
-  end
-  if plan.moved then
-    for _, name in ipairs(status_indexes_of(after, org, after.status)) do plan.join[#plan.join + 1] = name end
-    if not plan.new then plan.leave = status_indexes_of(before, org, before.status) end
-  end
-  if after.internal_status ~= before.internal_status then
-    if after.internal_status then plan.join[#plan.join + 1] = internal_index_of(org, after.internal_status) end
-    if before.internal_status then plan.leave[#plan.leave + 1] = internal_index_of(org, before.internal_status) end
-  end
-  if after.waits ~= before.waits then
-    if not before.waits then
-      for _, name in ipairs(waiting_indexes_of(after, org)) do plan.join[#plan.join + 1] = name end
-    elseif not after.waits then
-      for _, name in ipairs(waiting_indexes_of(before, org)) do plan.leave[#plan.leave + 1] = name end
-    end
-  end
-  local sets = { unpack(plan.join) }
-  for _, name in ipairs(plan.leave) do sets[#sets + 1] = name end
+  if plan.seq >= EVENTS_PER_MARK or plan.size >= BYTES_PER_MARK then prepare_mark(plan, task) end
+
+  if after ~= before then prepare_indexes(plan) end
+
+  local lists = {}
   plan.enters = after.queue ~= before.queue
-  if plan.enters then sets[#sets + 1] = key('queues') end
-  if plan.new and after.session then sets[#sets + 1] = key('sessions', org .. ':' .. (after.owner or '')) end
+  if plan.enters then lists[#lists + 1] = key('queues') end
+  if plan.new and after.session then lists[#lists + 1] = key('sessions', org .. ':' .. (after.owner or '')) end
   if change.spend then
     if after.session then
       plan.totals = key('totals', org .. ':' .. (after.owner or '') .. ':' .. after.session)
@@ -193,18 +269,19 @@ local function prepare(plan)
     end
   end
   if change.ready then
-    sets[#sets + 1] = key('ready', after.queue)
-    sets[#sets + 1] = key('ready-of', org .. ':' .. after.queue)
+    plan.ready, plan.ready_of = key('ready', after.queue), key('ready-of', org .. ':' .. after.queue)
+    lists[#lists + 1] = plan.ready
+    lists[#lists + 1] = plan.ready_of
     if change.ready == 'add' then touch('list', key('wake', after.queue)) end
   end
-  if change.lease or plan.lease then sets[#sets + 1] = key('leases') end
-  if change.due then sets[#sets + 1] = key('due') end
-  if change.follow and after[change.follow] then
+  if change.lease or plan.lease then lists[#lists + 1] = key('leases') end
+  if change.due then lists[#lists + 1] = key('due') end
+  if change.follow and (change.follow == 'id' or more(org, id, change.follow)) then
     plan.followup = key('followups')
     touch('list', plan.followup)
   end
-  if change.ended then sets[#sets + 1] = key('ended') end
-  if #sets > 0 then touch_sets(sets) end
+  if change.ended then lists[#lists + 1] = key('ended') end
+  touch_sets(lists)
 
   if change.text == 'append' then
     plan.delta = cjson.decode(plan.event)
@@ -225,6 +302,7 @@ local function write_text(plan, set)
   elseif how == 'clear' then
     redis.call('DEL', plan.text)
     redis.call('HDEL', plan.task, 'text_agent')
+    plan.after.text_agent = false
   elseif how == 'drop' and plan.fields.text_agent then
     local agent = cjson.decode(plan.event).agent or ''
     local kept, last = {}, nil
@@ -241,32 +319,48 @@ local function write_text(plan, set)
     else
       redis.call('DEL', plan.text)
       redis.call('HDEL', plan.task, 'text_agent')
+      plan.after.text_agent = false
+    plan.after.text_agent = false
     end
   end
 end
 
+-- As JSON, each text once per call.
+local quotes = {}
+local function quoted(text)
+  local quote = quotes[text]
+  if not quote then
+    quote = string.find(text, '[%c"\\]') and cjson.encode(text) or '"' .. text .. '"'
+    quotes[text] = quote
+  end
+  return quote
+end
+
 -- Appends to the partition's log, counts that, and returns the id that it gives, and the time in µs.
 local function log_entry(plan, before, after)
-  local now = redis.call('TIME')
-  local number = redis.call('HINCRBY', key('count'), 'n', 1)
-  local f = plan.after
+  local f, seconds, micros = plan.after, time()
+  if not entries then
+    local counted = redis.call('HMGET', key('count'), 'n', 'bytes')
+    entries, entry_bytes = tonumber(counted[1] or '0'), tonumber(counted[2] or '0')
+  end
+  entries = entries + 1
   -- One text: readers look at the header of every entry, and seventeen fields would cost them more than all the rest.
-  local head = cjson.encode({ number, plan.org, plan.id, f.owner or '', f.user or '', f.agent or '', f.session or '',
-    before, after, plan.seq, tonumber(now[1]), tonumber(now[2]), plan.type, tonumber(f.fence), tonumber(f.attempt),
-    tonumber(plan.n) or 0, f.queue or '' })
+  local head = '[' .. digits(entries) .. ',' .. quoted(plan.org) .. ',' .. quoted(plan.id) .. ','
+    .. quoted(f.owner or '') .. ',' .. quoted(f.user or '') .. ',' .. quoted(f.agent or '') .. ','
+    .. quoted(f.session or '') .. ',"' .. before .. '","' .. after .. '",' .. digits(plan.seq) .. ',' .. seconds .. ','
+    .. micros .. ',"' .. plan.type .. '",' .. f.fence .. ',' .. f.attempt .. ',' .. (plan.n == '' and '0' or plan.n)
+    .. ',' .. quoted(f.queue or '') .. ']'
   local id = redis.call('XADD', key('log'), 'MAXLEN', '=', LOG_ENTRIES, '*', 'head', head, 'event', plan.event)
   -- One mark per so many bytes; with the 65th the oldest share goes.
-  local size = #plan.event + #head + 200
-  local bytes = redis.call('HINCRBY', key('count'), 'bytes', size)
-  if math.floor(bytes / LOG_BYTES_PER_MARK) ~= math.floor((bytes - size) / LOG_BYTES_PER_MARK) then
+  local marks = math.floor(entry_bytes / LOG_BYTES_PER_MARK)
+  entry_bytes = entry_bytes + #plan.event + #head + 200
+  if math.floor(entry_bytes / LOG_BYTES_PER_MARK) ~= marks then
     if redis.call('RPUSH', key('marks'), id) > LOG_MARKS then
       redis.call('XTRIM', key('log'), 'MINID', '=', redis.call('LPOP', key('marks')))
     end
   end
-  local ms = tonumber(string.match(id, '^(%d+)'))
-  local at = tonumber(now[1]) * 1000000 + tonumber(now[2])
-  if at < ms * 1000 then at = ms * 1000 end
-  redis.call('HINCRBY', key('count'), 'event:' .. plan.type, 1)
+  local at = math.max(tonumber(seconds) * 1000000 + tonumber(micros), tonumber(string.match(id, '^%d+')) * 1000)
+  count('event:' .. plan.type, 1)
   if plan.enters then
     local first = redis.call('ZADD', key('queues'), digits(at), f.queue) == 1
     if first then redis.call('ZREMRANGEBYRANK', key('queues'), 0, -QUEUES - 1) end
@@ -280,88 +374,87 @@ local function follow_up(plan)
   end
 end
 
+-- Whoever has written pays at the end.
 local function write(plan)
-  local change, after = plan.change, plan.after
-  local id, at = log_entry(plan, plan.fields.status or 'new', after.status)
+  owed.writes = owed.writes + 1
+  if owed.writes > OWED_MAX then pay() end
+  local change, before, after = plan.change, plan.fields, plan.after
+  local id, at = log_entry(plan, before.status or 'new', after.status)
   plan.entry_id, plan.at = id, at
-  local stamp = digits(at)
-  redis.call('XADD', plan.events, id, 'seq', digits(plan.seq), 'at', stamp, 'type', plan.type, 'fence', after.fence,
-    'attempt', after.attempt, 'worker-n', plan.n, 'event', plan.event)
+  local stamp, seq = digits(at), digits(plan.seq)
+  redis.call('XADD', plan.events, id, 'seq', seq, 'at', stamp, 'type', plan.type, 'fence', after.fence, 'attempt',
+    after.attempt, 'worker-n', plan.n, 'event', plan.event)
 
-  local pairs_ = {}
+  after.last_seq, after.last_event_id, after.size = seq, id, digits(plan.size)
+  local fields = { 'last_seq', seq, 'last_event_id', id, 'updated_at', stamp, 'size', after.size, unpack(plan.sets) }
   local function set(name, value)
-    pairs_[#pairs_ + 1] = name
-    pairs_[#pairs_ + 1] = value
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
+    after[name] = value
   end
   if change.clear and #change.clear > 0 then redis.call('HDEL', plan.task, unpack(change.clear)) end
-  for name, value in pairs(change.set or {}) do set(name, value) end
-  for name in pairs(change.fill or {}) do set(name, after[name]) end
-  for _, name in ipairs(change.stamp or {}) do set(name, stamp) end
-  for name, micros in pairs(change.later or {}) do
-    after[name] = digits(at + micros)
-    set(name, after[name])
+  for name, value in pairs(change.set or NOTHING) do set(name, value) end
+  for _, name in ipairs(change.stamp or NOTHING) do set(name, stamp) end
+  for name, micros in pairs(change.later or NOTHING) do set(name, digits(at + micros)) end
+  for _, name in ipairs({ 'status', 'fence', 'attempt' }) do
+    if plan.new or after[name] ~= before[name] then set(name, after[name]) end
   end
-  set('status', after.status)
-  set('last_seq', digits(plan.seq))
-  set('last_event_id', id)
-  set('updated_at', stamp)
-  set('size', digits(plan.size))
-  set('fence', after.fence)
-  set('attempt', after.attempt)
   if plan.n ~= '' then set('n', plan.n) end
-  for _, name in ipairs(change.number or {}) do set(name, digits(plan.seq)) end
+  for _, name in ipairs(change.number or NOTHING) do set(name, seq) end
   if change.thread then
-    redis.call('RPUSH', plan.thread, digits(plan.seq) .. ' ' .. stamp .. ' ' .. plan.event)
+    redis.call('RPUSH', plan.thread, seq .. ' ' .. stamp .. ' ' .. plan.event)
     set('thread_size', digits(plan.thread_size))
   end
   write_text(plan, set)
-  redis.call('HSET', plan.task, unpack(pairs_))
-  for name, count in pairs(change.add or {}) do
-    if name ~= 'fence' and name ~= 'attempt' then redis.call('HINCRBY', plan.task, name, digits(count)) end
+  redis.call('HSET', plan.task, unpack(fields))
+  for name, value in pairs(change.fill or NOTHING) do redis.call('HSETNX', plan.task, name, value) end
+  for name, sum in pairs(change.add or NOTHING) do
+    if name ~= 'fence' and name ~= 'attempt' then redis.call('HINCRBY', plan.task, name, digits(sum)) end
   end
-  for name, count in pairs(change.spend or {}) do
-    redis.call('HINCRBY', plan.task, name, digits(count))
-    if plan.totals then redis.call('HINCRBY', plan.totals, name, digits(count)) end
+  for name, sum in pairs(change.spend or NOTHING) do
+    redis.call('HINCRBY', plan.task, name, digits(sum))
+    if plan.totals then redis.call('HINCRBY', plan.totals, name, digits(sum)) end
   end
 
-  local score = plan.new and stamp or plan.fields.created_at
-  for _, name in ipairs(plan.leave) do redis.call('ZREM', name, plan.id) end
-  for _, name in ipairs(plan.join) do redis.call('ZADD', name, score, plan.id) end
-  if plan.new then redis.call('HINCRBY', key('count'), 'tasks', 1) end
+  local score = plan.new and stamp or before.created_at
+  for _, name in ipairs(plan.leave or NOTHING) do remove(plan, name, plan.id) end
+  for _, name in ipairs(plan.join or NOTHING) do add(plan, name, score, plan.id) end
+  if plan.new then count('tasks', 1) end
   if plan.new and after.session then
     redis.call('ZADD', key('sessions', plan.org .. ':' .. (after.owner or '')), 'NX', stamp, after.session)
   end
   if change.ready == 'add' then
     local when = at - (HEAD_START[after.priority] or 0)
     if after.ready_at then when = tonumber(after.ready_at) end
-    redis.call('ZADD', key('ready', after.queue), digits(when), plan.member)
-    redis.call('ZADD', key('ready-of', plan.org .. ':' .. after.queue), digits(when), plan.member)
-    local tokens = redis.call('RPUSH', key('wake', after.queue), '1')
-    -- Of a queue that nobody serves nothing shall stay.
-    if tokens == 1 then redis.call('EXPIRE', key('wake', after.queue), WAKE_SECONDS) end
-    if tokens > WAKE_TOKENS then redis.call('LTRIM', key('wake', after.queue), -WAKE_TOKENS, -1) end
+    add(plan, plan.ready, digits(when), plan.member)
+    add(plan, plan.ready_of, digits(when), plan.member)
+    local wake = key('wake', after.queue)
+    if redis.call('LLEN', wake) < WAKE_TOKENS then
+      -- Of a queue that nobody serves nothing shall stay.
+      if redis.call('RPUSH', wake, '1') == 1 then redis.call('EXPIRE', wake, WAKE_SECONDS) end
+    end
   elseif change.ready == 'remove' then
-    redis.call('ZREM', key('ready', after.queue), plan.member)
-    redis.call('ZREM', key('ready-of', plan.org .. ':' .. after.queue), plan.member)
+    remove(plan, plan.ready, plan.member)
+    remove(plan, plan.ready_of, plan.member)
   end
   if plan.lease then
-    redis.call('ZADD', key('leases'), digits(math.floor(at / 1000) + plan.lease), plan.member)
+    add(plan, key('leases'), digits(math.floor(at / 1000) + plan.lease), plan.member)
   elseif change.lease == 'remove' then
-    redis.call('ZREM', key('leases'), plan.member)
+    remove(plan, key('leases'), plan.member)
   end
   local due = change.due == 'set' and due_of(after)
   if due then
-    redis.call('ZADD', key('due'), digits(math.floor(due / 1000)), plan.member)
-  elseif change.due and due_of(plan.fields) then
-    redis.call('ZREM', key('due'), plan.member)
+    add(plan, key('due'), digits(math.floor(due / 1000)), plan.member)
+  elseif change.due and due_of(before) then
+    remove(plan, key('due'), plan.member)
   end
   follow_up(plan)
 
   if change.ended == 'add' then
-    local ends = redis.call('ZADD', key('ended'), stamp, plan.member) == 1 -- else it had ended before
-    if ends then redis.call('HINCRBY', key('count'), 'ended:' .. after.status, 1) end
+    add(plan, key('ended'), stamp, plan.member)
+    count('ended:' .. after.status, 1)
   elseif change.ended == 'remove' then
-    redis.call('ZREM', key('ended'), plan.member)
+    remove(plan, key('ended'), plan.member)
   end
 
   -- Trimming: every mark copies the snapshot to `next`; the following mark cuts the stream there and keeps that
@@ -381,6 +474,18 @@ local function write(plan)
     redis.call('DEL', plan.next_text)
     if redis.call('EXISTS', plan.text) == 1 then redis.call('COPY', plan.text, plan.next_text) end
   end
+end
+
+-- One task's damaged keys must not stop the others of this call, some of which have been written.
+local function alone(step, at)
+  local fine, answer = pcall(step, at)
+  return fine and answer or { err = type(answer) == 'table' and answer.err or tostring(answer) }
+end
+
+-- So many words, as they are counted there.
+local function words_at(at)
+  local size = tonumber(ARGV[at])
+  return size > 0 and { unpack(ARGV, at + 1, at + size) } or NOTHING
 end
 
 local function done(plan)

@@ -4,11 +4,13 @@
 local org, id = ARGV[3], ARGV[4]
 local fields = load(org, id)
 if not fields then return { 'not_found', '0', '', '0', '', '0' } end
+local submission
+fields.parent, fields.trigger, submission = more(org, id, 'parent', 'trigger', 'submission')
 if ARGV[7] ~= '' and redis.call('ZSCORE', key('ended'), org .. '/' .. id) ~= ARGV[7] then
   return { 'stale', fields.last_seq, fields.last_event_id, '0', fields.status, fields.attempt }
 end
 local plan = {
-  org = org, id = id, fields = fields, change = row(ARGV[6], fields.status), type = 'deleted', event = ARGV[5], n = '',
+  org = org, id = id, fields = fields, change = row(ARGV[6], fields.status), type = 'deleted', event = ARGV[5], n = '', sets = NOTHING,
 }
 prepare(plan)
 local spent = redis.call('HMGET', plan.task, 'input_tokens', 'output_tokens', 'cost_nano')
@@ -27,26 +29,27 @@ sets[#sets + 1] = key('ready-of', org .. ':' .. fields.queue)
 touch_sets(lists)
 touch_sets(sets)
 touch('hash', grave)
-local secrets = key('secrets', org .. ':' .. id .. ':' .. (fields.submission or ''))
-for name, kind in pairs({
-  [plan.text] = 'string', [plan.next] = 'hash', [plan.next_text] = 'string', [plan.base] = 'hash',
-  [plan.base_text] = 'string', [plan.thread] = 'list', [secrets] = 'string',
-}) do touch(kind, name) end
+local rest = { [key('secrets', org .. ':' .. id .. ':' .. (submission or ''))] = 'string' }
+for kind, type in pairs({
+  text = 'string', next = 'hash', ['next-text'] = 'string', base = 'hash', ['base-text'] = 'string', thread = 'list',
+}) do rest[key(kind, org .. ':' .. id)] = type end
+for name, type in pairs(rest) do touch(type, name) end
 if fields.session then
   touch('zset', key('sessions', org .. ':' .. (fields.owner or '')))
   touch('hash', key('totals', org .. ':' .. (fields.owner or '') .. ':' .. fields.session))
 end
 
 plan.entry_id, plan.at = log_entry(plan, fields.status, 'gone')
-redis.call('DEL', plan.task, plan.events, plan.text, plan.next, plan.next_text, plan.base, plan.base_text, plan.thread,
-  secrets)
+redis.call('DEL', plan.task, plan.events)
+for name in pairs(rest) do redis.call('DEL', name) end
 follow_up(plan)
 redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence, 'created_at', fields.created_at,
-  'submission', fields.submission or '')
+  'submission', submission or '')
 redis.call('EXPIRE', grave, 86400)
 for _, name in ipairs(lists) do redis.call('ZREM', name, id) end
 for _, name in ipairs(sets) do redis.call('ZREM', name, plan.member) end
-redis.call('HINCRBY', key('count'), 'tasks', -1)
+count('tasks', -1)
+pay()
 if fields.session then
   local owner = fields.owner or ''
   local totals = key('totals', org .. ':' .. owner .. ':' .. fields.session)

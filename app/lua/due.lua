@@ -8,10 +8,9 @@ for i, what in ipairs({ 'leases', 'due' }) do
   local found = redis.call('ZRANGEBYSCORE', KEYS[i], '-inf', now_ms, 'WITHSCORES', 'LIMIT', 0, ARGV[3])
   for j = 1, #found, 2 do
     local org, id = string.match(found[j], '^([^/]*)/(.*)$')
-    local one, fields = { what, found[j], found[j + 1] }, org and load(org, id) or {}
-    for _, name in ipairs({ 'status', 'attempt', 'max_attempts', 'refunds', 'expires_at' }) do
-      one[#one + 1] = fields[name] or ''
-    end
+    local one = { what, found[j], found[j + 1] }
+    local told = org and { more(org, id, 'status', 'attempt', 'max_attempts', 'refunds', 'expires_at') } or {}
+    for k = 1, 5 do one[k + 3] = told[k] or '' end
     answer[#answer + 1] = one
   end
 end

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import events
+from app.connect import ALONE
 from app.errors import Conflict
 from app.events import AnyEvent, Entry, Submission
 from app.task import (
     CANCELLED,
     COMPLETED,
-    CONSTANT,
     EMPTY,
     ERRORED,
     FOLLOWED,
@@ -30,13 +30,13 @@ from app.task import (
     TABLE,
     TERMINAL,
     TIMED_OUT,
-    Change,
     Row,
     Snapshot,
     Status,
     apply,
     changes,
     diagram,
+    parts,
     rows,
     targets,
     task,
@@ -447,21 +447,23 @@ def test_children_are_counted_over_all_attempts_and_turns() -> None:
     assert task(again.fields).children == 2
 
 
-def test_the_script_knows_every_field_that_a_change_looks_at() -> None:
-    """What it does not load looks absent: a guard would let pass, a fill overwrite, a follow-up never be recorded."""
-    lua = (files("app") / "lua" / "commit.lua").read_text()
-    names = re.search(r"local NAMES = \{(.*?)\}", lua, re.DOTALL)
+def test_the_scripts_load_every_field_that_they_look_at() -> None:
+    """What is not loaded looks absent: a step would overwrite it, or leave a task in a list."""
+    scripts = {file.name: file.read_text() for file in (files("app") / "lua").iterdir()}
+    names = re.search(r"local NAMES = \{(.*?)\}", scripts["commit.lua"], re.DOTALL)
+    made = re.search(r"  return \{ (status = v\[1\].*?)\}", scripts["commit.lua"], re.DOTALL)
     assert names
-    loaded = set(re.findall(r"'(\w+)'", names[1]))
-    looked_at = set()
-    for event in (*SAMPLES.values(), events.Started(worker="w", max_attempts=1)):
-        for change in changes(event).values():
-            looked_at |= {*change.guard, *change.fill, change.follow} - {""}
-    stated = events.Restated(stated={"a": 1}, version=1)
-    looked_at |= {name for change in changes(stated).values() for name in change.guard}
-    assert looked_at == {"waits", "review_round", "review_version", "max_attempts", "id", "children", "stated_version"}
-    assert looked_at <= loaded
-    assert "thread_size" in loaded  # which every event of a conversation adds to
+    assert made
+    loaded = re.findall(r"'(\w+)'", names[1])
+    assert re.findall(r"(\w+) = v\[(\d+)\]", made[1]) == [(name, str(i)) for i, name in enumerate(loaded, 1)]
+    looked_at = {
+        name
+        for name, text in scripts.items()
+        if name.removesuffix(".lua") not in ALONE
+        for name in re.findall(r"\b(?:fields|before|after|found|f)\.(\w+)", text)
+    }
+    assert looked_at - {"parent", "trigger"} <= {*loaded}  # those are set where they are looked at
+    assert len(looked_at) > 15
 
 
 def test_rows_for_one_status_are_those_of_that_status() -> None:
@@ -484,13 +486,34 @@ def test_rows_for_the_script_are_the_changes() -> None:
         assert sent == changes(event), events.tag(event)
 
 
-def test_events_called_constant_have_rows_that_do_not_depend_on_what_they_say() -> None:
-    for kind in CONSTANT:
-        sample = SAMPLES[events.tag(kind)]
-        plain = (Change(), Change(text="append"), Change(thread="bounded"))
-        assert all(change in plain for change in changes(sample).values())
-        other = msgspec.structs.replace(sample, message="another", agent="other", actor="worker:x")
-        assert changes(sample) == changes(other)
+def test_the_two_parts_of_rows_are_the_rows() -> None:
+    usage = events.Usage(model="m", provider="p", input_tokens=3)
+    more: list[AnyEvent] = [
+        events.Restated(to="completed", result="x"),
+        events.Completed(result="", usage=usage),
+        events.Completed(result="x"),
+        events.Paused(state={"a": 1}),
+    ]
+    for event in [*SAMPLES.values(), *more, *SAMPLES.values()]:  # the second time from memory
+        for only in ((), ("running",)):
+            encoded, sets = parts(event, only)
+            pairs = msgspec.json.decode(encoded, type=list[Row])
+            values = dict(zip(sets[::2], sets[1::2], strict=True))
+            sent = {
+                Status(status): msgspec.structs.replace(pair.change, set={**pair.change.set, **values})
+                for pair in pairs
+                for status in pair.statuses
+            }
+            assert sent == changes(event, only), events.tag(event)
+
+
+def test_rows_at_hand_hold_no_text_of_an_event() -> None:
+    first, second = (parts(events.Completed(result=text)) for text in ("one", "two"))
+    assert first[0] is second[0]
+    assert (first[1], second[1]) == (
+        ["result", "one", "result_type", "text", "progress", "1"],
+        ["result", "two", "result_type", "text", "progress", "1"],
+    )
 
 
 def test_the_diagram_shows_every_move() -> None:

@@ -646,3 +646,75 @@ async def test_a_wrong_type_under_a_conversation_stops_the_step_before_its_first
     with pytest.raises(Exception, match="WRONGTYPE"):
         await store.append("o", "t", events.Continued(query="more", submission="r2"))
     assert await store.log.end(tag) == before
+
+
+# Steps of many tasks that share a call
+
+
+async def evaluations(store: Store) -> int:
+    return int((await store.door.read("INFO", "commandstats"))["cmdstat_evalsha"]["calls"])
+
+
+async def test_steps_asked_for_at_once_share_calls_and_each_task_has_its_own_answer(store: Store) -> None:
+    fences = [await started(store, f"t{i}") for i in range(40)]
+    await store.submit(submission("waits"))
+    before = await evaluations(store)
+    async with asyncio.TaskGroup() as group:
+        told = [
+            group.create_task(store.append("o", f"t{i}", events.Completed(result=f"r{i}"), fence=fence, n=1))
+            for i, fence in enumerate(fences)
+        ]
+        new = [group.create_task(store.submit(submission(f"n{i}"))) for i in range(40)]
+    assert await evaluations(store) - before <= 4
+    assert [(one.result().seq, one.result().status) for one in told] == [(3, Status.COMPLETED)] * 40
+    assert [one.result().seq for one in new] == [1] * 40
+    assert len({one.result().id for one in (*told, *new)}) == 80
+    results = [task.result for i in range(40) if (task := await store.get("o", f"t{i}"))]
+    assert results == [f"r{i}" for i in range(40)]
+    assert [d async for d in store.snapshots.verify()] == []
+
+
+async def test_a_refused_or_damaged_task_stops_none_of_those_that_share_its_call(store: Store) -> None:
+    fences = {name: await started(store, name) for name in ("good", "stale", "damaged", "last")}
+    (tag,) = store.partitions.tags
+    damaged = keys.key(tag, "events", "o", "damaged")
+    await store.door.call("DEL", damaged)
+    await store.door.call("SET", damaged, "x")
+    fences["stale"] += 7
+    outcomes = await asyncio.gather(
+        *(
+            store.append("o", name, events.Completed(result="r"), fence=fences.get(name, 1), n=1)
+            for name in ("good", "stale", "damaged", "nowhere", "last")
+        ),
+        return_exceptions=True,
+    )
+    good, stale, broken, nowhere, last = outcomes
+    assert isinstance(good, Appended)
+    assert isinstance(last, Appended)
+    assert isinstance(stale, Stale)
+    assert isinstance(nowhere, NotFound)
+    assert isinstance(broken, Exception)
+    assert "WRONGTYPE" in str(broken)
+    task = await store.get("o", "damaged")
+    assert task is not None
+    assert (task.status, task.last_seq) == (Status.RUNNING, 2)
+
+
+async def test_what_a_call_has_done_to_a_task_counts_for_its_next_step_in_that_call(store: Store) -> None:
+    """The end of an attempt, and what the same worker says after it: the second is too late."""
+    fence = await started(store)
+    ended, late = await asyncio.gather(
+        store.append("o", "t", events.Completed(result="r"), fence=fence, n=1),
+        store.append("o", "t", events.Noted(name="NOTE", actor="w"), fence=fence, n=2),
+        return_exceptions=True,
+    )
+    assert isinstance(ended, Appended)
+    assert isinstance(late, Stale)
+    first, second = await asyncio.gather(
+        store.submit(submission("u")),
+        store.append("o", "u", events.Cancelled()),
+        return_exceptions=True,
+    )
+    assert isinstance(first, Appended)
+    assert isinstance(second, Appended)
+    assert [d async for d in store.snapshots.verify()] == []
