@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
+import msgspec
 import structlog
 from msgspec import Struct
 
@@ -121,8 +122,9 @@ class Queues:
                 if not claimed:
                     raise
                 break  # what other partitions have handed out must not wait for this one
-            for org_, id_, fence, flat in raw:
-                fields = {name.decode(): value.decode() for name, value in zip(flat[::2], flat[1::2], strict=True)}
+            for org_, id_, fence, encoded in raw:
+                flat: list[str] = msgspec.json.decode(encoded)
+                fields = dict(zip(flat[::2], flat[1::2], strict=True))
                 # A repeated claim may name tasks that ended since, were given to others, or were deleted.
                 if fields.get("fence") == fence.decode() and fields["status"] in LEASED:
                     claimed.append(Claimed(org_.decode(), id_.decode(), int(fence), task(fields)))

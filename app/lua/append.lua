@@ -33,7 +33,7 @@ local function append(at)
   local fields = load(org, id)
   if not fields then return { { 'not_found', '0', '', '0', '', '0' } } end
   local function reply(code)
-    return { code, fields.last_seq, fields.last_event_id, '0', fields.status, fields.attempt }
+    return { code, fields.last_seq, more(org, id, 'last_event_id'), '0', fields.status, fields.attempt }
   end
   local places -- looked for once: the first repeat of a batch is its earliest
   local function repeated(n)
@@ -60,7 +60,7 @@ local function append(at)
       if fence ~= fields.fence then return reply('stale') end
       if n ~= '' and tonumber(n) <= tonumber(fields.n or '0') then return repeated(n) end
       -- The fence rises only with the next start: between the end of an attempt and that, only the lease tells.
-      if not redis.call('ZSCORE', key('leases'), member) then return reply('stale') end
+      if not redis.call('ZSCORE', LEASES, member) then return reply('stale') end
       if n ~= '' and tonumber(n) > tonumber(fields.n or '0') + 1 then return reply('out_of_order') end
     end
     if set ~= '' and redis.call('ZSCORE', key(set), member) ~= score then return reply('stale') end
@@ -70,13 +70,14 @@ local function append(at)
     local problem = prepare(plan)
     if problem then return reply(problem) end
     write(plan)
-    fields = plan.after
+    if plan.after ~= fields then fields = nil end
     return done(plan)
   end
 
   local replies, from = {}, at + 8
   while from < stop do
     if owed.tasks[member] then pay() end
+    fields = fields or load(org, id)
     local sets = words_at(from + 4)
     local one = step(ARGV[from], ARGV[from + 1], ARGV[from + 2], ARGV[from + 3], sets)
     replies[#replies + 1] = one

@@ -1,13 +1,15 @@
 -- Tasks for a worker: pops at most `free` of those that are ready, starts each and leases it, in one step.
 -- KEYS[1] the partition's lease set. ARGV: claim id, free slots, lease (ms), organisation ('' for all), then per queue
--- its name, event (`started`), rows. Answers a list of {org, id, fence, snapshot}.
+-- its name, event (`started`), rows. Answers a list of {org, id, fence, snapshot as a JSON array: name, value, …}.
 -- The same claim id again answers with the same tasks; fences tell whether they are still this worker's.
 local claim, free, lease, only = ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
 local kept = key('claim', claim)
 local known = redis.call('GET', kept)
 local function answer(claimed)
   for _, one in ipairs(claimed) do
-    one[4] = redis.call('HGETALL', key('task', one[1] .. ':' .. one[2]))
+    -- As one text: each word of an answer costs as much as a command.
+    local snapshot = redis.call('HGETALL', key('task', one[1] .. ':' .. one[2]))
+    one[4] = #snapshot > 0 and cjson.encode(snapshot) or '[]'
   end
   return claimed
 end
@@ -23,7 +25,7 @@ local function look(queue, at)
     if #page == 0 then return end
     local members = {}
     for j = 1, #page, 2 do members[#members + 1] = page[j] end
-    local dues = redis.call('ZMSCORE', key('due'), unpack(members))
+    local dues = redis.call('ZMSCORE', DUE, unpack(members))
     for j = 1, #page, 2 do
       local due = dues[(j + 1) / 2]
       if not seen[page[j]] and not (due and tonumber(due) * 1000 <= now) then
@@ -38,10 +40,13 @@ end
 for i = 7, #ARGV, 3 do
   look(only == '' and key('ready', ARGV[i]) or key('ready-of', only .. ':' .. ARGV[i]), i)
 end
-table.sort(waiting, function(a, b)
-  if a.score ~= b.score then return a.score < b.score end
-  return a.member < b.member
-end)
+-- One queue's are in order.
+if #ARGV > 9 then
+  table.sort(waiting, function(a, b)
+    if a.score ~= b.score then return a.score < b.score end
+    return a.member < b.member
+  end)
+end
 
 local plans, strays = {}, {}
 for i = 1, math.min(free, #waiting) do

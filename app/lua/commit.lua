@@ -32,6 +32,8 @@ local function key(kind, rest)
   return PREFIX .. kind
 end
 
+local LOG, MARKS, COUNT, LEASES, DUE, ENDED = key('log'), key('marks'), key('count'), key('leases'), key('due'), key('ended')
+
 -- Seconds and µs, read once: all that one call writes happens at one time.
 local clock
 local function time()
@@ -44,15 +46,14 @@ end
 local function now_us()
   local seconds, micros = time()
   local us = tonumber(seconds) * 1000000 + tonumber(micros)
-  local last = redis.call('XREVRANGE', key('log'), '+', '-', 'COUNT', 1)[1]
+  local last = redis.call('XREVRANGE', LOG, '+', '-', 'COUNT', 1)[1]
   local ms = last and tonumber(string.match(last[1], '^(%d+)')) or 0
   return math.max(us, ms * 1000)
 end
 
 -- What most steps look at; a snapshot has more.
 local NAMES = { 'status', 'last_seq', 'size', 'fence', 'attempt', 'n', 'owner', 'user', 'agent', 'session', 'queue',
-  'priority', 'created_at', 'ready_at', 'deadline_at', 'expires_at', 'internal_status', 'text_agent', 'last_event_id',
-  'waits', 'thread_size' }
+  'created_at', 'deadline_at', 'expires_at', 'internal_status', 'text_agent', 'waits', 'thread_size' }
 
 -- Those fields of a snapshot, false where it has none; nil when there is no such task.
 local function load(org, id)
@@ -60,9 +61,8 @@ local function load(org, id)
   if not v[1] then return nil end
   -- Made at once: a table that grows field by field is moved at each power of two.
   return { status = v[1], last_seq = v[2], size = v[3], fence = v[4], attempt = v[5], n = v[6], owner = v[7],
-    user = v[8], agent = v[9], session = v[10], queue = v[11], priority = v[12], created_at = v[13], ready_at = v[14],
-    deadline_at = v[15], expires_at = v[16], internal_status = v[17], text_agent = v[18], last_event_id = v[19],
-    waits = v[20], thread_size = v[21] }
+    user = v[8], agent = v[9], session = v[10], queue = v[11], created_at = v[12], deadline_at = v[13],
+    expires_at = v[14], internal_status = v[15], text_agent = v[16], waits = v[17], thread_size = v[18] }
 end
 
 -- Others of its fields, in their order, false where it has none.
@@ -93,8 +93,14 @@ local function indexes_of(fields, base, kinds)
   return names
 end
 
-local function task_indexes_of(fields, org)
-  return indexes_of(fields, org, { 'agent', 'user', 'session', 'parent', 'trigger' })
+local function task_indexes_of(fields, org) return indexes_of(fields, org, { 'agent', 'user', 'session' }) end
+
+local function family_indexes_of(fields, org)
+  local names = {}
+  for _, kind in ipairs({ 'parent', 'trigger' }) do
+    if fields[kind] then names[#names + 1] = key('index', org .. ':' .. kind .. ':' .. fields[kind]) end
+  end
+  return names
 end
 
 local function status_indexes_of(fields, org, status)
@@ -129,35 +135,77 @@ end
 -- What this call owes to sorted sets and to the partition's counters: paid at its end, and before it looks at a task
 -- again, in one command per key however many tasks it is about.
 local OWED_MAX = 1000 -- writes; Lua passes at most 8,000 words to a command
-local owed = { add = {}, remove = {}, count = {}, tasks = {}, writes = 0 }
-local entries, entry_bytes
+local owed, entries, entry_bytes
+local function owe_nothing() owed = { add = {}, remove = {}, moves = {}, count = {}, tasks = {}, writes = 0 } end
+owe_nothing()
 
 local function pay()
   for name, members in pairs(owed.add) do redis.call('ZADD', name, unpack(members)) end
   for name, members in pairs(owed.remove) do redis.call('ZREM', name, unpack(members)) end
-  if entries then redis.call('HSET', key('count'), 'n', digits(entries), 'bytes', digits(entry_bytes)) end
-  for name, count in pairs(owed.count) do redis.call('HINCRBY', key('count'), name, count) end
-  owed = { add = {}, remove = {}, count = {}, tasks = {}, writes = 0 }
-end
-
-local function owe(plan, to, name)
-  owed.tasks[plan.member] = true
-  to[name] = to[name] or {}
-  return to[name]
+  for move in pairs(owed.moves) do
+    for _, name in ipairs(move.join) do redis.call('ZADD', name, unpack(move.scored)) end
+    for _, name in ipairs(move.leave) do redis.call('ZREM', name, unpack(move.ids)) end
+    move.scored, move.ids = {}, {}
+  end
+  if entries then redis.call('HSET', COUNT, 'n', digits(entries), 'bytes', digits(entry_bytes)) end
+  for name, count in pairs(owed.count) do redis.call('HINCRBY', COUNT, name, count) end
+  owe_nothing()
 end
 
 local function add(plan, name, score, member)
-  local members = owe(plan, owed.add, name)
-  members[#members + 1] = score
-  members[#members + 1] = member
+  local members = owed.add[name] or {}
+  owed.add[name], owed.tasks[plan.member] = members, true
+  local size = #members
+  members[size + 1], members[size + 2] = score, member
 end
 
 local function remove(plan, name, member)
-  local members = owe(plan, owed.remove, name)
+  local members = owed.remove[name] or {}
+  owed.remove[name], owed.tasks[plan.member] = members, true
   members[#members + 1] = member
 end
 
 local function count(name, by) owed.count[name] = (owed.count[name] or 0) + by end
+
+-- As JSON.
+local function quoted(text)
+  return string.find(text, '[%c"\\]') and cjson.encode(text) or '"' .. text .. '"'
+end
+
+-- What the tasks have in common that one owner's agent has in a queue: made once per call.
+local kins = {}
+local function kin_of(org, f)
+  local owner, user, agent, session, queue = f.owner or '', f.user or '', f.agent or '', f.session or '', f.queue or ''
+  local sign = org .. '\0' .. owner .. '\0' .. user .. '\0' .. agent .. '\0' .. session .. '\0' .. queue
+  local kin = kins[sign]
+  if not kin then
+    kin = {
+      ready = key('ready', queue), ready_of = key('ready-of', org .. ':' .. queue), wake = key('wake', queue), moves = {},
+      head = ',' .. quoted(owner) .. ',' .. quoted(user) .. ',' .. quoted(agent) .. ',' .. quoted(session) .. ',"',
+      org = ',' .. quoted(org) .. ',', queue = ',' .. quoted(queue) .. ']',
+    }
+    kins[sign] = kin
+  end
+  return kin
+end
+
+-- Of a kin's tasks from one status to another: the lists that they leave and join.
+local function move_of(kin, org, fields, from, to)
+  local name = from .. '>' .. to
+  local move = kin.moves[name]
+  if not move then
+    move = { join = status_indexes_of(fields, org, to), leave = {}, scored = {}, ids = {} }
+    if from == 'new' then
+      for _, list in ipairs(task_indexes_of(fields, org)) do move.join[#move.join + 1] = list end
+    else
+      move.leave = status_indexes_of(fields, org, from)
+    end
+    touch_sets(move.join)
+    touch_sets(move.leave)
+    kin.moves[name] = move
+  end
+  return move
+end
 
 -- When the ticker has to look at the task: the earlier of its two deadlines, or nil.
 local function due_of(fields)
@@ -182,23 +230,21 @@ local function prepare_mark(plan, task)
   end
 end
 
-local function extend(list, more)
-  for _, item in ipairs(more) do list[#list + 1] = item end
-end
-
-local function prepare_indexes(plan)
+-- The lists that hold few tasks, one at a time.
+local function prepare_lists(plan)
   local org, before, after, join, leave = plan.org, plan.fields, plan.after, {}, {}
-  if plan.new then extend(join, task_indexes_of(after, org)) end
-  if after.status ~= before.status then
-    extend(join, status_indexes_of(after, org, after.status))
-    if not plan.new then extend(leave, status_indexes_of(before, org, before.status)) end
-  end
+  if plan.new then join = family_indexes_of(after, org) end
   if after.internal_status ~= before.internal_status then
-    if after.internal_status then extend(join, { internal_index_of(org, after.internal_status) }) end
-    if before.internal_status then extend(leave, { internal_index_of(org, before.internal_status) }) end
+    if after.internal_status then join[#join + 1] = internal_index_of(org, after.internal_status) end
+    if before.internal_status then leave[#leave + 1] = internal_index_of(org, before.internal_status) end
   end
-  if after.waits and not before.waits then extend(join, waiting_indexes_of(after, org)) end
-  if before.waits and not after.waits then extend(leave, waiting_indexes_of(before, org)) end
+  if after.waits ~= before.waits then
+    if not before.waits then
+      for _, name in ipairs(waiting_indexes_of(after, org)) do join[#join + 1] = name end
+    elseif not after.waits then
+      for _, name in ipairs(waiting_indexes_of(before, org)) do leave[#leave + 1] = name end
+    end
+  end
   touch_sets(join)
   touch_sets(leave)
   plan.join, plan.leave = join, leave
@@ -207,7 +253,7 @@ end
 -- plan: org, id, fields (before; {} for a new task), change, sets (fields that it sets besides, name and value in turn),
 -- type, event (JSON), n ('' when no worker spoke), lease (ms, of a claim). Adds everything that `write` needs. Returns an error code, or nil.
 local function prepare(plan)
-  local org, id, change, before = plan.org, plan.id, plan.change, plan.fields
+  local org, id, change, before, sets = plan.org, plan.id, plan.change, plan.fields, plan.sets
   local task = org .. ':' .. id
   plan.task, plan.events = key('task', task), key('events', task)
   plan.member = org .. '/' .. id
@@ -216,25 +262,25 @@ local function prepare(plan)
   for name, value in pairs(change.guard or NOTHING) do
     if (more(org, id, name) or '') ~= value then return 'guarded' end
   end
-  local after, sets = before, plan.sets
-  if change.status or change.set or change.clear or change.add or #sets > 0 then
-    after = {}
-    for name, value in pairs(before) do after[name] = value end
+  local after, rises = before, change.add
+  if change.status or change.set or change.clear or rises or #sets > 0 then
+    -- What differs stands before what was.
+    after = setmetatable({ status = change.status or before.status }, { __index = before })
     for _, name in ipairs(change.clear or NOTHING) do after[name] = false end
     for name, value in pairs(change.set or NOTHING) do after[name] = value end
     for i = 1, #sets, 2 do after[sets[i]] = sets[i + 1] end
-    after.status = change.status or before.status
-    local rises = change.add or NOTHING
-    after.fence = digits(tonumber(after.fence or '0') + (rises.fence or 0))
-    after.attempt = digits(tonumber(after.attempt or '0') + (rises.attempt or 0))
+    if plan.new or rises then
+      after.fence = digits(tonumber(after.fence or '0') + (rises and rises.fence or 0))
+      after.attempt = digits(tonumber(after.attempt or '0') + (rises and rises.attempt or 0))
+    end
   end
-  plan.after = after
+  plan.after, plan.kin = after, kin_of(org, after)
   plan.seq = tonumber(before.last_seq or '0') + 1
   plan.size = tonumber(before.size or '0') + #plan.event
 
   -- Not the counters, which are read before the first write, nor the snapshot, which was.
-  touch('stream', key('log'))
-  touch('list', key('marks'))
+  touch('stream', LOG)
+  touch('list', MARKS)
   touch('stream', plan.events)
   if change.text then
     plan.text = key('text', task)
@@ -251,8 +297,12 @@ local function prepare(plan)
   end
   if plan.seq >= EVENTS_PER_MARK or plan.size >= BYTES_PER_MARK then prepare_mark(plan, task) end
 
-  if after ~= before then prepare_indexes(plan) end
-
+  if after.status ~= before.status then
+    plan.move = move_of(plan.kin, org, after, before.status or 'new', after.status)
+  end
+  if plan.new or after.internal_status ~= before.internal_status or after.waits ~= before.waits then
+    prepare_lists(plan)
+  end
   local lists = {}
   plan.enters = after.queue ~= before.queue
   if plan.enters then lists[#lists + 1] = key('queues') end
@@ -269,18 +319,17 @@ local function prepare(plan)
     end
   end
   if change.ready then
-    plan.ready, plan.ready_of = key('ready', after.queue), key('ready-of', org .. ':' .. after.queue)
-    lists[#lists + 1] = plan.ready
-    lists[#lists + 1] = plan.ready_of
-    if change.ready == 'add' then touch('list', key('wake', after.queue)) end
+    lists[#lists + 1] = plan.kin.ready
+    lists[#lists + 1] = plan.kin.ready_of
+    if change.ready == 'add' then touch('list', plan.kin.wake) end
   end
-  if change.lease or plan.lease then lists[#lists + 1] = key('leases') end
-  if change.due then lists[#lists + 1] = key('due') end
+  if change.lease or plan.lease then lists[#lists + 1] = LEASES end
+  if change.due then lists[#lists + 1] = DUE end
   if change.follow and (change.follow == 'id' or more(org, id, change.follow)) then
     plan.followup = key('followups')
     touch('list', plan.followup)
   end
-  if change.ended then lists[#lists + 1] = key('ended') end
+  if change.ended then lists[#lists + 1] = ENDED end
   touch_sets(lists)
 
   if change.text == 'append' then
@@ -298,6 +347,7 @@ local function write_text(plan, set)
     local frame = ''
     if plan.fields.text_agent ~= agent then frame = '\255' .. agent .. '\254' end
     redis.call('APPEND', plan.text, frame .. plan.delta.text)
+    plan.after.text_agent = agent
     set('text_agent', agent)
   elseif how == 'clear' then
     redis.call('DEL', plan.text)
@@ -315,6 +365,7 @@ local function write_text(plan, set)
     end
     if last then
       redis.call('SET', plan.text, table.concat(kept))
+      plan.after.text_agent = last
       set('text_agent', last)
     else
       redis.call('DEL', plan.text)
@@ -325,38 +376,27 @@ local function write_text(plan, set)
   end
 end
 
--- As JSON, each text once per call.
-local quotes = {}
-local function quoted(text)
-  local quote = quotes[text]
-  if not quote then
-    quote = string.find(text, '[%c"\\]') and cjson.encode(text) or '"' .. text .. '"'
-    quotes[text] = quote
-  end
-  return quote
-end
-
 -- Appends to the partition's log, counts that, and returns the id that it gives, and the time in µs.
+local next_mark
 local function log_entry(plan, before, after)
-  local f, seconds, micros = plan.after, time()
+  local f, kin, seconds, micros = plan.after, plan.kin, time()
   if not entries then
-    local counted = redis.call('HMGET', key('count'), 'n', 'bytes')
+    local counted = redis.call('HMGET', COUNT, 'n', 'bytes')
     entries, entry_bytes = tonumber(counted[1] or '0'), tonumber(counted[2] or '0')
+    next_mark = (math.floor(entry_bytes / LOG_BYTES_PER_MARK) + 1) * LOG_BYTES_PER_MARK
   end
   entries = entries + 1
   -- One text: readers look at the header of every entry, and seventeen fields would cost them more than all the rest.
-  local head = '[' .. digits(entries) .. ',' .. quoted(plan.org) .. ',' .. quoted(plan.id) .. ','
-    .. quoted(f.owner or '') .. ',' .. quoted(f.user or '') .. ',' .. quoted(f.agent or '') .. ','
-    .. quoted(f.session or '') .. ',"' .. before .. '","' .. after .. '",' .. digits(plan.seq) .. ',' .. seconds .. ','
-    .. micros .. ',"' .. plan.type .. '",' .. f.fence .. ',' .. f.attempt .. ',' .. (plan.n == '' and '0' or plan.n)
-    .. ',' .. quoted(f.queue or '') .. ']'
-  local id = redis.call('XADD', key('log'), 'MAXLEN', '=', LOG_ENTRIES, '*', 'head', head, 'event', plan.event)
+  local head = '[' .. digits(entries) .. kin.org .. quoted(plan.id) .. kin.head .. before .. '","' .. after .. '",'
+    .. plan.seq_text .. ',' .. seconds .. ',' .. micros .. ',"' .. plan.type .. '",' .. f.fence .. ',' .. f.attempt .. ','
+    .. (plan.n == '' and '0' or plan.n) .. kin.queue
+  local id = redis.call('XADD', LOG, 'MAXLEN', '=', LOG_ENTRIES, '*', 'head', head, 'event', plan.event)
   -- One mark per so many bytes; with the 65th the oldest share goes.
-  local marks = math.floor(entry_bytes / LOG_BYTES_PER_MARK)
   entry_bytes = entry_bytes + #plan.event + #head + 200
-  if math.floor(entry_bytes / LOG_BYTES_PER_MARK) ~= marks then
-    if redis.call('RPUSH', key('marks'), id) > LOG_MARKS then
-      redis.call('XTRIM', key('log'), 'MINID', '=', redis.call('LPOP', key('marks')))
+  if entry_bytes >= next_mark then
+    next_mark = (math.floor(entry_bytes / LOG_BYTES_PER_MARK) + 1) * LOG_BYTES_PER_MARK
+    if redis.call('RPUSH', MARKS, id) > LOG_MARKS then
+      redis.call('XTRIM', LOG, 'MINID', '=', redis.call('LPOP', MARKS))
     end
   end
   local at = math.max(tonumber(seconds) * 1000000 + tonumber(micros), tonumber(string.match(id, '^%d+')) * 1000)
@@ -369,8 +409,18 @@ local function log_entry(plan, before, after)
 end
 
 local function follow_up(plan)
-  if plan.followup then
-    redis.call('RPUSH', plan.followup, plan.member .. '/' .. digits(plan.seq) .. ' ' .. plan.event)
+  redis.call('RPUSH', plan.followup, plan.member .. '/' .. plan.seq_text .. ' ' .. plan.event)
+end
+
+local function write_ready(plan, at)
+  local priority, ready_at = plan.after.priority, plan.after.ready_at
+  if not plan.new then priority, ready_at = more(plan.org, plan.id, 'priority', 'ready_at') end
+  local when = ready_at or digits(at - (HEAD_START[priority] or 0))
+  add(plan, plan.kin.ready, when, plan.member)
+  add(plan, plan.kin.ready_of, when, plan.member)
+  if redis.call('LLEN', plan.kin.wake) < WAKE_TOKENS then
+    -- Of a queue that nobody serves nothing shall stay.
+    if redis.call('RPUSH', plan.kin.wake, '1') == 1 then redis.call('EXPIRE', plan.kin.wake, WAKE_SECONDS) end
   end
 end
 
@@ -379,34 +429,45 @@ local function write(plan)
   owed.writes = owed.writes + 1
   if owed.writes > OWED_MAX then pay() end
   local change, before, after = plan.change, plan.fields, plan.after
-  local id, at = log_entry(plan, before.status or 'new', after.status)
-  plan.entry_id, plan.at = id, at
-  local stamp, seq = digits(at), digits(plan.seq)
+  local status = before.status or 'new'
+  plan.seq_text = digits(plan.seq)
+  local id, at = log_entry(plan, status, after.status)
+  local stamp, seq = digits(at), plan.seq_text
+  plan.entry_id, plan.stamp = id, stamp
   redis.call('XADD', plan.events, id, 'seq', seq, 'at', stamp, 'type', plan.type, 'fence', after.fence, 'attempt',
     after.attempt, 'worker-n', plan.n, 'event', plan.event)
 
-  after.last_seq, after.last_event_id, after.size = seq, id, digits(plan.size)
-  local fields = { 'last_seq', seq, 'last_event_id', id, 'updated_at', stamp, 'size', after.size, unpack(plan.sets) }
+  local fields = { 'last_seq', seq, 'last_event_id', id, 'updated_at', stamp, 'size', digits(plan.size), unpack(plan.sets) }
+  local size = #fields
   local function set(name, value)
-    fields[#fields + 1] = name
-    fields[#fields + 1] = value
-    after[name] = value
+    fields[size + 1], fields[size + 2] = name, value
+    size = size + 2
   end
-  if change.clear and #change.clear > 0 then redis.call('HDEL', plan.task, unpack(change.clear)) end
+  if change.clear then redis.call('HDEL', plan.task, unpack(change.clear)) end
   for name, value in pairs(change.set or NOTHING) do set(name, value) end
   for _, name in ipairs(change.stamp or NOTHING) do set(name, stamp) end
-  for name, micros in pairs(change.later or NOTHING) do set(name, digits(at + micros)) end
-  for _, name in ipairs({ 'status', 'fence', 'attempt' }) do
-    if plan.new or after[name] ~= before[name] then set(name, after[name]) end
+  for name, micros in pairs(change.later or NOTHING) do
+    after[name] = digits(at + micros)
+    set(name, after[name])
   end
-  if plan.n ~= '' then set('n', plan.n) end
+  if after ~= before then
+    if after.status ~= status then set('status', after.status) end
+    if plan.new or after.fence ~= before.fence then set('fence', after.fence) end
+    if plan.new or after.attempt ~= before.attempt then set('attempt', after.attempt) end
+  end
+  if plan.n ~= '' then
+    after.n = plan.n
+    set('n', plan.n)
+  end
   for _, name in ipairs(change.number or NOTHING) do set(name, seq) end
   if change.thread then
     redis.call('RPUSH', plan.thread, seq .. ' ' .. stamp .. ' ' .. plan.event)
-    set('thread_size', digits(plan.thread_size))
+    after.thread_size = digits(plan.thread_size)
+    set('thread_size', after.thread_size)
   end
-  write_text(plan, set)
+  if change.text then write_text(plan, set) end
   redis.call('HSET', plan.task, unpack(fields))
+  after.last_seq, after.size = seq, fields[8]
   for name, value in pairs(change.fill or NOTHING) do redis.call('HSETNX', plan.task, name, value) end
   for name, sum in pairs(change.add or NOTHING) do
     if name ~= 'fence' and name ~= 'attempt' then redis.call('HINCRBY', plan.task, name, digits(sum)) end
@@ -417,44 +478,45 @@ local function write(plan)
   end
 
   local score = plan.new and stamp or before.created_at
+  if plan.move then
+    local scored, ids = plan.move.scored, plan.move.ids
+    ids[#ids + 1] = plan.id
+    scored[2 * #ids - 1], scored[2 * #ids] = score, plan.id
+    owed.moves[plan.move], owed.tasks[plan.member] = true, true
+  end
   for _, name in ipairs(plan.leave or NOTHING) do remove(plan, name, plan.id) end
   for _, name in ipairs(plan.join or NOTHING) do add(plan, name, score, plan.id) end
-  if plan.new then count('tasks', 1) end
-  if plan.new and after.session then
-    redis.call('ZADD', key('sessions', plan.org .. ':' .. (after.owner or '')), 'NX', stamp, after.session)
-  end
-  if change.ready == 'add' then
-    local when = at - (HEAD_START[after.priority] or 0)
-    if after.ready_at then when = tonumber(after.ready_at) end
-    add(plan, plan.ready, digits(when), plan.member)
-    add(plan, plan.ready_of, digits(when), plan.member)
-    local wake = key('wake', after.queue)
-    if redis.call('LLEN', wake) < WAKE_TOKENS then
-      -- Of a queue that nobody serves nothing shall stay.
-      if redis.call('RPUSH', wake, '1') == 1 then redis.call('EXPIRE', wake, WAKE_SECONDS) end
+  if plan.new then
+    count('tasks', 1)
+    if after.session then
+      redis.call('ZADD', key('sessions', plan.org .. ':' .. (after.owner or '')), 'NX', stamp, after.session)
     end
+  end
+  if change.ready == 'add' then write_ready(plan, at)
   elseif change.ready == 'remove' then
-    remove(plan, plan.ready, plan.member)
-    remove(plan, plan.ready_of, plan.member)
+    remove(plan, plan.kin.ready, plan.member)
+    remove(plan, plan.kin.ready_of, plan.member)
   end
   if plan.lease then
-    add(plan, key('leases'), digits(math.floor(at / 1000) + plan.lease), plan.member)
+    add(plan, LEASES, digits(math.floor(at / 1000) + plan.lease), plan.member)
   elseif change.lease == 'remove' then
-    remove(plan, key('leases'), plan.member)
+    remove(plan, LEASES, plan.member)
   end
-  local due = change.due == 'set' and due_of(after)
-  if due then
-    add(plan, key('due'), digits(math.floor(due / 1000)), plan.member)
-  elseif change.due and due_of(before) then
-    remove(plan, key('due'), plan.member)
+  if change.due then
+    local due = change.due == 'set' and due_of(after)
+    if due then
+      add(plan, DUE, digits(math.floor(due / 1000)), plan.member)
+    elseif due_of(before) then
+      remove(plan, DUE, plan.member)
+    end
   end
-  follow_up(plan)
+  if plan.followup then follow_up(plan) end
 
   if change.ended == 'add' then
-    add(plan, key('ended'), stamp, plan.member)
+    add(plan, ENDED, stamp, plan.member)
     count('ended:' .. after.status, 1)
   elseif change.ended == 'remove' then
-    remove(plan, key('ended'), plan.member)
+    remove(plan, ENDED, plan.member)
   end
 
   -- Trimming: every mark copies the snapshot to `next`; the following mark cuts the stream there and keeps that
@@ -489,5 +551,5 @@ local function words_at(at)
 end
 
 local function done(plan)
-  return { 'ok', digits(plan.seq), plan.entry_id, digits(plan.at), plan.after.status, plan.after.attempt }
+  return { 'ok', plan.seq_text, plan.entry_id, plan.stamp, plan.after.status, plan.after.attempt }
 end

@@ -7,7 +7,7 @@ if not fields then return { 'not_found', '0', '', '0', '', '0' } end
 local submission
 fields.parent, fields.trigger, submission = more(org, id, 'parent', 'trigger', 'submission')
 if ARGV[7] ~= '' and redis.call('ZSCORE', key('ended'), org .. '/' .. id) ~= ARGV[7] then
-  return { 'stale', fields.last_seq, fields.last_event_id, '0', fields.status, fields.attempt }
+  return { 'stale', fields.last_seq, more(org, id, 'last_event_id'), '0', fields.status, fields.attempt }
 end
 local plan = {
   org = org, id = id, fields = fields, change = row(ARGV[6], fields.status), type = 'deleted', event = ARGV[5], n = '', sets = NOTHING,
@@ -18,6 +18,7 @@ local grave = key('tombstone', org .. ':' .. id)
 local lists, sets = {}, { key('leases'), key('due'), key('ended') }
 for _, names in ipairs({
   task_indexes_of(fields, org),
+  family_indexes_of(fields, org),
   status_indexes_of(fields, org, fields.status),
   fields.waits and waiting_indexes_of(fields, org) or {},
   fields.internal_status and { internal_index_of(org, fields.internal_status) } or {},
@@ -39,11 +40,14 @@ if fields.session then
   touch('hash', key('totals', org .. ':' .. (fields.owner or '') .. ':' .. fields.session))
 end
 
-plan.entry_id, plan.at = log_entry(plan, fields.status, 'gone')
+plan.seq_text = digits(plan.seq)
+local at
+plan.entry_id, at = log_entry(plan, fields.status, 'gone')
+plan.stamp = digits(at)
 redis.call('DEL', plan.task, plan.events)
 for name in pairs(rest) do redis.call('DEL', name) end
-follow_up(plan)
-redis.call('HSET', grave, 'last_seq', digits(plan.seq), 'fence', fields.fence, 'created_at', fields.created_at,
+if plan.followup then follow_up(plan) end
+redis.call('HSET', grave, 'last_seq', plan.seq_text, 'fence', fields.fence, 'created_at', fields.created_at,
   'submission', submission or '')
 redis.call('EXPIRE', grave, 86400)
 for _, name in ipairs(lists) do redis.call('ZREM', name, id) end

@@ -7,13 +7,13 @@ local function submit(at)
   local org, id, event, rows, submission, body_hash = unpack(ARGV, at, at + 5)
   local found = load(org, id)
   if found then
-    local answer, first, first_hash = 'exists', more(org, id, 'submission', 'body_hash')
+    local answer, first, first_hash, last = 'exists', more(org, id, 'submission', 'body_hash', 'last_event_id')
     if first == submission then
       answer = 'duplicate'
     elseif body_hash ~= '' and first_hash then
       answer = first_hash == body_hash and 'cached' or 'mismatch'
     end
-    return { answer, found.last_seq, found.last_event_id, found.created_at, found.status, found.attempt }
+    return { answer, found.last_seq, last, found.created_at, found.status, found.attempt }
   end
   -- A reused id goes on where the deleted task ended, so that an old cursor or fence can never mean a new thing.
   local grave = redis.call('HMGET', key('tombstone', org .. ':' .. id), 'last_seq', 'fence', 'submission', 'created_at')
