@@ -10,7 +10,7 @@ never do is let a handler run ahead of its store without bound: who says more th
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeVar
@@ -50,51 +50,53 @@ class Over(Exception):
 class Attempt:
     """One claim of one task: its fence, its event numbers, its lease's deadline, and whether a pause is asked."""
 
+    # What most attempts never change stands here: each costs its worker some 50 µs, and thirty assignments are felt.
+    lost = ""
+    """Why it is over; empty while it is not."""
+    stopped = False
+    """Interrupted because the worker stops: the task is to be given back."""
+    late = False
+    """Interrupted because its function's timeout has passed."""
+    until = float("inf")
+    """When its lease ends, on the event loop's clock, unless it is kept."""
+    refused = 0
+    work: asyncio.Task[Any] | None = None
+    """The running handler; when that has ended by itself, the last words about it."""
+    see_off: "Callable[[Attempt], object] | None" = None
+    """Called when a running handler is interrupted: who then waits for its end, and says what came of it."""
+    timer: asyncio.TimerHandle | None = None
+    """Its function's timeout."""
+    _n = 0
+    _unsent = 0
+    _sending: asyncio.Task[Any] | None = None
+    _last: "asyncio.Future[Appended] | None" = None
+    _text_bytes = 0
+    _text_at = float("-inf")
+    """When text was handed over last, on the loop's clock."""
+    _text_timer: asyncio.TimerHandle | None = None
+    _text_error: TaskcastError | None = None
+    """What became of a piece of text whose writer had gone on."""
+    _wake: asyncio.Event | None = None
+    """While it rests."""
+    _rested = 0.0
+    _resting_since: float | None = None
+    _draining = False
+
     def __init__(self, store: Store, claimed: Claimed, *, worker: str) -> None:
         self.store = store
         self.claimed = claimed
-        self.lost = ""
-        """Why it is over; empty while it is not."""
-        self.stopped = False
-        """Interrupted because the worker stops: the task is to be given back."""
         self.interrupted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Done when the handler has no more to say: it was cancelled, or it has ended."""
         self.paused = claimed.found.status is Status.PAUSED
         self.seq = claimed.found.last_seq
         """The task's last entry that this attempt knows of; older news is no news."""
-        self.refused = 0
-        self.work: asyncio.Task[Any] | None = None
-        """The running handler."""
         self._actor = f"worker:{worker}"
-        self._n = 0
         self._queue: deque[tuple[Said, asyncio.Future[Appended]]] = deque()
         """What the store has not answered for; those that are under way stand first."""
-        self._unsent = 0
-        self._sending: asyncio.Task[None] | None = None
-        self._last: asyncio.Future[Appended] | None = None
         self._text: list[tuple[str, list[str]]] = []
         """Pieces not yet handed over, by agent, in order."""
-        self._text_bytes = 0
-        self._text_at = float("-inf")
-        """When text was handed over last, on the loop's clock."""
-        self._text_timer: asyncio.TimerHandle | None = None
-        self._text_error: TaskcastError | None = None
-        """What became of a piece of text whose writer had gone on."""
-        self._wake = asyncio.Event()
-        self._rested = 0.0
-        self._resting_since: float | None = None
-        self._draining = False
-        self._expiry: asyncio.TimerHandle | None = None
 
     # What the runtime tells it.
-
-    def keep(self, until: float) -> None:
-        """The lease lives until then, on the event loop's clock; unless kept again, the attempt is over then."""
-        if self.lost:
-            return
-        if self._expiry:
-            self._expiry.cancel()
-        self._expiry = asyncio.get_running_loop().call_at(until, self.lose, LEASE)
 
     def hear(self, status: Status, seq: int = 0) -> None:
         """The task's status after its entry `seq`; 0 when the teller does not know which entry that was."""
@@ -104,7 +106,8 @@ class Attempt:
             self.seq = seq
         if status in LEASED:
             self.paused = status is Status.PAUSED
-            self._wake.set()
+            if self._wake:
+                self._wake.set()
         else:
             self.lose(status.value)
 
@@ -113,16 +116,14 @@ class Attempt:
         if self.lost:
             return
         self.lost = reason
-        for timer in (self._expiry, self._text_timer):
-            if timer:
-                timer.cancel()
+        if self._text_timer:
+            self._text_timer.cancel()
         if self._sending and self._sending is not asyncio.current_task():
             self._sending.cancel()
         self._text, self._text_bytes, self._unsent = [], 0, 0
         while self._queue:
             _, answer = self._queue.popleft()
-            if not answer.done():
-                answer.set_exception(Over(reason))
+            _fail(answer, Over(reason))
         self.interrupt()
 
     def interrupt(self) -> None:
@@ -135,15 +136,22 @@ class Attempt:
         self.interrupted.set_result(None)
         if self.work:
             self.work.cancel()
+            if self.see_off:
+                self.see_off(self)
+
+    def end(self) -> None:
+        """The handler has ended by itself: it has no more to say."""
+        self.interrupted.set_result(None)
 
     def drain(self) -> None:
         """The worker is about to stop: a handler that waits for the end of a pause is stopped now, others go on."""
         self._draining = True
-        self._wake.set()
+        if self._wake:
+            self._wake.set()
 
     def stop(self) -> None:
         """Cancels a handler that still runs, so that the task can be given back."""
-        if self.work and not self.work.done():
+        if self.work and not self.interrupted.done():
             self.stopped = True
             self.interrupt()
 
@@ -165,6 +173,24 @@ class Attempt:
         answer = self.say(event)
         await asyncio.wait([answer])  # it is not cancelled together with who waits: others wait for it too
         return answer.result()
+
+    async def finish(self, last: Sequence[AnyEvent]) -> None:
+        """Says the last words, and waits for the store's answers; sends them itself, unless others are under way.
+
+        Raises what `say` raises, and what the store refused.
+        """
+        self._hand_over_text()
+        answers = [self._put(event) for event in last]
+        if self._sending is None:
+            self._sending = this = asyncio.current_task()
+            try:
+                await self._send()
+            except asyncio.CancelledError:
+                if not (self.lost and this):
+                    raise
+                this.uncancel()  # it was `lose`, which has given its reason to those who wait
+        for answer in answers:
+            await answer
 
     async def write(self, agent: str, text: str) -> None:
         """A piece of text. Returns at once, unless the store is slow. Raises Over, Invalid, and TooLarge, perhaps for
@@ -213,11 +239,13 @@ class Attempt:
     async def rest(self) -> None:
         """Until the pause ends; a worker that stops does not wait for that."""
         self._resting_since = asyncio.get_running_loop().time()
+        self._wake = asyncio.Event()
         try:
             while self.paused and not self._draining:
                 self._wake.clear()
                 await self._wake.wait()
         finally:
+            self._wake = None
             self._rested, self._resting_since = self.rested_seconds, None
         if self.paused:
             self.stop()
@@ -230,18 +258,22 @@ class Attempt:
         return self._rested + asyncio.get_running_loop().time() - self._resting_since
 
     def _hand_over(self, event: AnyEvent) -> "asyncio.Future[Appended]":
+        answer = self._put(event)
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send(), name=f"events of {self.claimed.task}")
+        return answer
+
+    def _put(self, event: AnyEvent) -> "asyncio.Future[Appended]":
+        """Behind what was said before; somebody has to send it."""
         if self.lost:
             raise Over(self.lost)
         if not isinstance(event, events.TextDelta):  # these are many, and their attempt tells who speaks
             event = msgspec.structs.replace(event, actor=self._actor)
         one = said(event, LEASED)
         answer: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
-        answer.add_done_callback(_look_at)
         self._queue.append((one, answer))
         self._unsent += len(one.encoded)
         self._last = answer
-        if self._sending is None:
-            self._sending = asyncio.create_task(self._send(), name=f"events of {self.claimed.task}")
         return answer
 
     def _hand_over_text(self) -> None:
@@ -324,8 +356,7 @@ class Attempt:
             if over:
                 self.lose(LOST if isinstance(outcome, OutOfOrder) else TAKEN if status in LEASED else status)
                 error = Over(self.lost)
-            if not answer.done():
-                answer.set_exception(error)
+            _fail(answer, error)
 
     async def insist(self, call: Callable[[], Awaitable[T]]) -> T:
         """Asks a store that is away again, until the attempt is over. Raises Over."""
@@ -354,7 +385,7 @@ class Attempt:
             )
 
 
-def _look_at(answer: "asyncio.Future[Appended]") -> None:
-    """A failure that nobody waits for is no news: asyncio would report it."""
-    if not answer.cancelled():
-        answer.exception()
+def _fail(answer: "asyncio.Future[Appended]", error: Exception) -> None:
+    if not answer.done():
+        answer.set_exception(error)
+        answer.exception()  # a failure that nobody waits for is no news: asyncio would report it

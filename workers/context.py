@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import msgspec
@@ -91,12 +92,20 @@ class Context:
         self._attempt = attempt
         self._usage: Usage | None = None
         self._began = time.monotonic()
-        self._asking = asyncio.Lock()
-        self._asked = Counter[str]()
-        """How often this attempt has asked the same."""
         self._plans = task.review_version
         self._round = task.review_round
         self._earlier: dict[str, Decision] | None = None
+
+    # Made when they are first wanted: most attempts ask nothing.
+
+    @cached_property
+    def _asking(self) -> asyncio.Lock:
+        return asyncio.Lock()
+
+    @cached_property
+    def _asked(self) -> Counter[str]:
+        """How often this attempt has asked the same."""
+        return Counter()
 
     # The answer.
 

@@ -16,7 +16,7 @@ file must never do is let a handler, its errors or its silence stop the renewal 
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ from app import events
 from app.errors import Invalid, Misconfigured, TaskcastError, Unavailable
 from app.events import FINAL_OUTPUT, RESULT_BYTES_MAX, AnyEvent, Json
 from app.log import Logged
-from app.queues import Claimed, again
+from app.queues import again
 from app.schema import misfit
 from app.store import Store
 from app.task import TERMINAL, Status, Task
@@ -55,13 +55,11 @@ STOPPED = events.Requeued(message="The worker stopped and gave the task back.", 
 # What an attempt comes to
 
 
-def conclusion(handler: Handler, context: Context, work: asyncio.Task[Result]) -> list[AnyEvent]:
-    """What is said of a handler that ended by itself."""
-    cancelled = asyncio.CancelledError("the handler cancelled itself")
-    error = cancelled if work.cancelled() else work.exception()
+def conclusion(handler: Handler, context: Context, result: Result, error: BaseException | None) -> list[AnyEvent]:
+    """What is said of a handler that ended by itself: it returned this, or raised that."""
     if error is None:
         try:
-            return answer(work.result(), context)
+            return answer(result, context)
         except Exception as unfit:  # noqa: BLE001 (a model's own serialiser may raise anything)
             # Not a case for `retry`: the next attempt would return it again.
             return [_errored(unfit)]
@@ -140,8 +138,23 @@ def _leaves(error: BaseException) -> list[BaseException]:
     return [error]
 
 
-def _error_of(work: asyncio.Task[Result] | None) -> BaseException | None:
+def _error_of(work: asyncio.Task[None] | None) -> BaseException | None:
     return work.exception() if work and work.done() and not work.cancelled() else None
+
+
+async def _cancelled_itself() -> BaseException | None:
+    """Whether a cancel that the handler asked for is still to come: here it comes, or the words after it were cut off."""
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError as error:
+        return error
+    return None
+
+
+def _names(attempt: Attempt) -> dict[str, Any]:
+    """For the log; bound to a logger of its own they would cost more than all that is not logged."""
+    one = attempt.claimed
+    return {"task_id": one.task, "org": one.org, "fence": one.fence, "attempt": one.found.attempt}
 
 
 # The worker
@@ -198,6 +211,7 @@ class Worker:
         """What this worker has a lease for. A handler that will not end may outlive its place here."""
         self._runners: set[asyncio.Task[None]] = set()
         """One per taken slot."""
+        self._expiry: asyncio.TimerHandle | None = None
         self._freed = asyncio.Event()
         self._more = False
         """The last claim filled all free slots: more may wait."""
@@ -213,9 +227,9 @@ class Worker:
                 for one in rounds:
                     one.cancel()
         finally:
-            for runner in self._runners:
-                runner.cancel()
-            await asyncio.gather(*self._runners, return_exceptions=True)
+            if self._expiry:
+                self._expiry.cancel()
+            await self._abandon()
         self._log.info("worker.stopped", refused=self.refused)
 
     async def _claim(self) -> None:
@@ -245,7 +259,9 @@ class Worker:
         asked_at = asyncio.get_running_loop().time()
         claimed = await self._store.claim(self._queues, self.name, free)
         for one in claimed:
-            self._begin(one, self._lease_until(asked_at))
+            attempt = Attempt(self._store, one, worker=self.name)
+            self.begin(attempt)
+            self._keep(attempt, self._lease_until(asked_at))
         self._more = len(claimed) == free
         if not self._more:
             await self._unless_stopped(woken())
@@ -269,128 +285,186 @@ class Worker:
                 one.cancel()
             await asyncio.gather(*both, return_exceptions=True)
 
-    def _begin(self, claimed: Claimed, lease_until: float) -> None:
-        attempt = Attempt(self._store, claimed, worker=self.name)
-        attempt.keep(lease_until)
-        self._held[claimed.org, claimed.task] = attempt
-        runner = asyncio.create_task(self.attend(attempt), name=f"attempt {claimed.task} {claimed.fence}")
+    def begin(self, attempt: Attempt) -> None:
+        """Takes a slot for it, until it has come to its end."""
+        one, task = attempt.claimed, attempt.claimed.found
+        if old := self._held.get((one.org, one.task)):
+            old.lose(TAKEN)
+        self._held[one.org, one.task] = attempt
+        self._log.info("task.claimed", **_names(attempt), queue=task.queue)
+        if self._stop.is_set():
+            attempt.end()
+            self._run(self._until_said(attempt, self._conclude(attempt, [STOPPED])))
+            return
+        handler = self._handlers[task.queue]
+        attempt.see_off = self._see_off
+        attempt.work = self._run(self._work(attempt, handler))
+        if handler.timeout is not None:
+            loop = asyncio.get_running_loop()
+            attempt.timer = loop.call_later(handler.timeout, self._look_at_clock, attempt, loop.time(), handler.timeout)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        runner = asyncio.create_task(work)
         self._runners.add(runner)
         runner.add_done_callback(self._free)
+        return runner
 
     def _free(self, runner: asyncio.Task[None]) -> None:
         self._runners.discard(runner)
         self._freed.set()
 
-    # One attempt
-
     async def attend(self, attempt: Attempt) -> None:
-        """Runs an attempt to its end, whatever that is."""
-        one, task = attempt.claimed, attempt.claimed.found
-        log = self._log.bind(task_id=one.task, org=one.org, fence=one.fence, attempt=task.attempt)
-        log.info("task.claimed", queue=task.queue)
+        """One attempt, to its end: for who claims by other means, and nothing else here."""
+        self.begin(attempt)
         try:
-            await self._work(attempt, log)
+            while self._runners:
+                await asyncio.wait(self._runners)
+        finally:
+            await self._abandon()
+
+    async def _abandon(self) -> None:
+        """Cancels what still runs. Nothing is said of it."""
+        for attempt in self._held.values():
+            attempt.see_off = None
+            attempt.interrupt()
+        for runner in self._runners:
+            runner.cancel()
+        await asyncio.sleep(0)  # each hears of it; none is waited for, for it may be deaf
+
+    # One attempt. Its handler's task also says what came of it: a second one would cost as much again.
+
+    async def _work(self, attempt: Attempt, handler: Handler) -> None:
+        """Runs the handler. One that is interrupted ends whenever it likes, and `_see_off` says what came of it."""
+        context = Context(attempt)
+        result: Result = None
+        error: BaseException | None = None
+        try:
+            result = await handler(context)
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as raised:
+            if attempt.interrupted.done():
+                raise
+            error = raised
+        if attempt.interrupted.done():
+            return
+        attempt.end()
+        try:
+            if attempt.work and attempt.work.cancelling():
+                error = error or await _cancelled_itself()
+            await self._until_said(attempt, self._tell(attempt, handler, context, result, error))
+        finally:
+            del error  # it holds this frame
+
+    async def _until_said(self, attempt: Attempt, saying: Coroutine[Any, Any, None]) -> None:
+        """The end of every attempt."""
+        one = attempt.claimed
+        try:
+            await saying
         except Over:
-            self._log_over(attempt, log)
+            self._log_over(attempt)
             if attempt.lost == LOST:
                 message = "The store lost events of this attempt; the task begins again."
                 await attempt.give_back(events.Requeued(message=message, refund=True))
         except Exception:
-            log.exception("task.abandoned")
+            logger.exception("task.abandoned", worker=self.name, **_names(attempt))
         finally:
             attempt.lose("ended")
+            if attempt.timer:
+                attempt.timer.cancel()
             self.refused += attempt.refused
             if self._held.get((one.org, one.task)) is attempt:
                 del self._held[one.org, one.task]
 
-    async def _work(self, attempt: Attempt, log: Any) -> None:
-        """Runs the handler, and says what came of it. Raises Over."""
-        if attempt.lost:  # before it began
-            raise Over(attempt.lost)
-        context = Context(attempt)
-        handler = self._handlers[context.task.queue]
-        if self._stop.is_set():
-            await self._conclude(attempt, [STOPPED], None, log)
-            return
-        work = attempt.work = asyncio.create_task(handler(context), name=f"handler {context.task.id}")
+    async def _tell(
+        self, attempt: Attempt, handler: Handler, context: Context, result: Result, error: BaseException | None
+    ) -> None:
+        """What came of a handler that ended by itself. Raises Over."""
+        if isinstance(error, asyncio.CancelledError):
+            error = asyncio.CancelledError("the handler cancelled itself")
+        said = conclusion(handler, context, result, error)
+        if context.task.output_schema:
+            said = await fitted(said, context.task.output_schema)
         try:
-            late = await self._until_late(attempt, work, handler.timeout)
-            if late:
-                attempt.interrupt()
-                await self._conclude(attempt, [timed_out(handler, context.task)], None, log)
-            await self._until_ended(work, log)
-        finally:
+            await attempt.settle()
+        except TaskcastError as unsaid:  # of a text that the handler did not wait for
+            if error is None or isinstance(error, asyncio.CancelledError):
+                said = [_errored(unsaid)]
+        await self._conclude(attempt, said, error)
+
+    async def _conclude(self, attempt: Attempt, said: list[AnyEvent], error: BaseException | None = None) -> None:
+        try:
+            await attempt.finish(said)
+        except Invalid as invalid:  # for example a text that takes more room as JSON than an event may have
+            said = [_errored(invalid)]
+            await attempt.append(said[0])
+        self._log_end(attempt, said[-1], error)
+
+    # An attempt whose handler is interrupted
+
+    def _look_at_clock(self, attempt: Attempt, began: float, seconds: float) -> None:
+        """Interrupts a handler that takes too long. Pauses do not count."""
+        if attempt.interrupted.done():
+            return
+        loop = asyncio.get_running_loop()
+        left = began + seconds + attempt.rested_seconds - loop.time()
+        if left > 0:
+            again_in = max(left, LATE_SECONDS)
+            attempt.timer = loop.call_later(again_in, self._look_at_clock, attempt, began, seconds)
+        else:
+            attempt.late = True
             attempt.interrupt()
-        if (late or attempt.stopped) and (error := _error_of(work)):
-            log.warning("task.ended_late", exc_info=error)  # while it was being cancelled: nobody else would hear of it
-        if late:
+
+    def _see_off(self, attempt: Attempt) -> None:
+        """The slot stays taken, by who waits for the handler's end; a worker that stops leaves a deaf one behind."""
+        assert attempt.work, "it is a running handler that is interrupted"
+        self._runners.discard(attempt.work)
+        self._run(self._until_said(attempt, self._tell_interrupted(attempt, attempt.work)))
+
+    async def _tell_interrupted(self, attempt: Attempt, work: asyncio.Task[None]) -> None:
+        """Raises Over."""
+        if attempt.late:
+            task = attempt.claimed.found
+            await self._conclude(attempt, [timed_out(self._handlers[task.queue], task)])
+        await self._until_ended(attempt, work)
+        if (attempt.late or attempt.stopped) and (error := _error_of(work)):
+            # While it was being cancelled: nobody else would hear of it.
+            self._log.warning("task.ended_late", **_names(attempt), exc_info=error)
+        if attempt.late:
             return
         if attempt.lost:
             raise Over(attempt.lost)
-        if attempt.stopped:
-            said: list[AnyEvent] = [STOPPED]
-        else:
-            said = await fitted(conclusion(handler, context, work), context.task.output_schema)
-            try:
-                await attempt.settle()
-            except TaskcastError as error:  # of a text that the handler did not wait for
-                if work.cancelled() or not work.exception():
-                    said = [_errored(error)]
-        await self._conclude(attempt, said, work, log)
+        await self._conclude(attempt, [STOPPED])
 
-    async def _conclude(
-        self, attempt: Attempt, said: list[AnyEvent], work: asyncio.Task[Result] | None, log: Any
-    ) -> None:
-        try:
-            for answer in [attempt.say(event) for event in said]:
-                await answer
-        except Invalid as error:  # for example a text that takes more room as JSON than an event may have
-            said = [_errored(error)]
-            await attempt.append(said[0])
-        self._log_end(said[-1], work, log)
-
-    async def _until_late(self, attempt: Attempt, work: asyncio.Task[Result], seconds: float | None) -> bool:
-        """Until the handler has ended or was interrupted; or True: it took too long. Pauses do not count."""
-        now = asyncio.get_running_loop().time
-        began, left = now(), seconds
-        both: tuple[asyncio.Future[Any], ...] = (work, attempt.interrupted)
-        while True:
-            await asyncio.wait(both, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if work.done() or attempt.interrupted.done():
-                return False
-            assert seconds is not None, "without a timeout nothing else ends the wait"
-            left = began + seconds + attempt.rested_seconds - now()
-            if left <= 0:
-                return True
-            left = max(left, LATE_SECONDS)
-
-    async def _until_ended(self, work: asyncio.Task[Result], log: Any) -> None:
+    async def _until_ended(self, attempt: Attempt, work: asyncio.Task[None]) -> None:
         """Until an interrupted handler has ended; or, when the worker stops, until it was waited for long enough."""
         if not work.done():
             await asyncio.wait([work], timeout=self._grace_seconds / 4)
         if not work.done():
-            log.warning("task.not_interruptible", seconds=self._grace_seconds / 4, stopping=self._stop.is_set())
+            stopping, seconds = self._stop.is_set(), self._grace_seconds / 4
+            self._log.warning("task.not_interruptible", **_names(attempt), seconds=seconds, stopping=stopping)
             await self._unless_stopped(asyncio.wait([work]))  # its slot is taken as long as it runs
 
-    def _log_over(self, attempt: Attempt, log: Any) -> None:
+    def _log_over(self, attempt: Attempt) -> None:
         error = _error_of(attempt.work)
         if attempt.lost in TERMINAL or attempt.lost == GONE:
-            log.info("task.cancelled", status=attempt.lost, exc_info=error)
+            self._log.info("task.cancelled", **_names(attempt), status=attempt.lost, exc_info=error)
         else:
-            log.warning("task.lease_lost", reason=attempt.lost, exc_info=error)
+            self._log.warning("task.lease_lost", **_names(attempt), reason=attempt.lost, exc_info=error)
 
-    def _log_end(self, event: AnyEvent, work: asyncio.Task[Result] | None, log: Any) -> None:
+    def _log_end(self, attempt: Attempt, event: AnyEvent, error: BaseException | None) -> None:
+        log, names = self._log, _names(attempt)
         if isinstance(event, events.Completed):
-            log.info("task.completed", bytes=len(event.result), result_type=event.result_type)
+            log.info("task.completed", **names, bytes=len(event.result), result_type=event.result_type)
         elif isinstance(event, events.Failed):
-            log.info("task.failed", error=event.error)
+            log.info("task.failed", **names, error=event.error)
         elif isinstance(event, events.Requeued):
-            log.info("task.requeued", reason=event.message, delay_seconds=event.delay_seconds)
+            log.info("task.requeued", **names, reason=event.message, delay_seconds=event.delay_seconds)
         elif isinstance(event, events.TimedOut):
-            log.warning("task.timed_out", error=event.error)
+            log.warning("task.timed_out", **names, error=event.error)
         else:
             assert isinstance(event, events.Errored), "an attempt comes to one of these five"
-            log.error("task.errored", error=event.error, exc_info=_error_of(work))
+            log.error("task.errored", **names, error=event.error, exc_info=error)
 
     # What keeps attempts alive, and what ends them
 
@@ -403,6 +477,27 @@ class Worker:
             attempt.lose(TAKEN)
         elif one.head.before is not one.head.after:
             attempt.hear(one.head.after, one.seq)
+
+    def _keep(self, attempt: Attempt, until: float) -> None:
+        """The lease lives until then, on the event loop's clock; unless kept again, the attempt is over then."""
+        attempt.until = until
+        if self._expiry is None or until < self._expiry.when():
+            self._expire_at(until)
+
+    def _expire_at(self, until: float) -> None:
+        if self._expiry:
+            self._expiry.cancel()
+        self._expiry = asyncio.get_running_loop().call_at(until, self._expire)
+
+    def _expire(self) -> None:
+        """One timer for all: it knows the earliest end that any of them had."""
+        self._expiry = None
+        now = asyncio.get_running_loop().time()
+        for attempt in [*self._held.values()]:
+            if attempt.until <= now:
+                attempt.lose(LEASE)
+        if left := [attempt.until for attempt in self._held.values() if not attempt.lost]:
+            self._expire_at(min(left))
 
     async def _renew(self) -> None:
         """Keeps all leases, in one call per third of a lease. Never ends by itself: whatever fails, it asks again."""
@@ -428,7 +523,7 @@ class Worker:
                 if not status:
                     attempt.lose(LEASE)
                     continue
-                attempt.keep(self._lease_until(asked_at))
+                self._keep(attempt, self._lease_until(asked_at))
                 if attempt.seq == seq:  # else it has heard something newer than this answer
                     attempt.hear(Status(status))
             # A slow answer has used up part of what it granted.

@@ -19,6 +19,7 @@ from tests.workers.conftest import ORG, Bench, Logs
 from workers import Context, task
 from workers.attempt import UNSENT_BYTES_MAX, Attempt, Over
 from workers.handlers import Handler
+from workers.runtime import Worker
 
 
 @pytest.fixture
@@ -221,14 +222,14 @@ async def test_an_attempt_that_was_lost_before_it_began_runs_no_handler(
         ran.append(ctx.attempt)
         return ""
 
-    keep = Attempt.keep
+    keep = Worker._keep
 
-    def too_late(attempt: Attempt, until: float) -> None:
-        keep(attempt, until)
+    def too_late(worker: Worker, attempt: Attempt, until: float) -> None:
+        keep(worker, attempt, until)
         if attempt.claimed.fence == 1:
             attempt.lose("lease")
 
-    monkeypatch.setattr(Attempt, "keep", too_late)
+    monkeypatch.setattr(Worker, "_keep", too_late)
     id_ = await bench.submit()
     async with bench.work(quick):
         await wait_until(lambda: any(one["event"] == "task.lease_lost" for one in logs), "it is noticed")

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -61,6 +61,11 @@ async def hello(task: Task, ctx: Context) -> str:
     await ctx.delta("Hel")
     await ctx.delta("")
     await ctx.delta("lo")
+    return "Hello"
+
+
+@task("default")
+async def hello_at_once(task: Task, ctx: Context) -> str:
     return "Hello"
 
 
@@ -319,6 +324,13 @@ async def cancels_itself(task: Task, ctx: Context) -> str:
     raise asyncio.CancelledError
 
 
+async def asks_for_its_own_cancel(task: Task, ctx: Context) -> str:
+    itself = asyncio.current_task()
+    assert itself
+    itself.cancel()
+    return "cut off before it can be said"
+
+
 async def says_too_much(task: Task, ctx: Context) -> None:
     await ctx.delta("a" * 200_000)
 
@@ -364,6 +376,7 @@ async def uses_less_than_nothing(task: Task, ctx: Context) -> None:
         (uses_less_than_nothing, "ValueError: What a model call consumed cannot be negative."),
         (exits, "RuntimeError: the handler called sys.exit(3)"),
         (cancels_itself, "CancelledError: the handler cancelled itself"),
+        (asks_for_its_own_cancel, "CancelledError: the handler cancelled itself"),
         (says_too_much, "TooLarge: The task's text would exceed 196608 bytes."),
         (returns_too_much, "ValueError: the result has 196609 bytes; at most 196608 are allowed"),
         (returns_what_grows, "TooLarge: The event has "),
@@ -383,6 +396,22 @@ async def test_whatever_a_handler_gets_wrong_is_told_in_a_sentence(
     assert done.status is Status.ERRORED
     assert done.error.startswith(error)
     assert len(done.error) < 4100
+
+
+async def test_a_handler_that_survives_its_own_cancel_has_its_say(bench: Bench) -> None:
+    @task("default")
+    async def survives(task: Task, ctx: Context) -> str:
+        itself = asyncio.current_task()
+        assert itself
+        itself.cancel()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return "alive"
+
+    id_ = await bench.submit()
+    async with bench.work(survives):
+        done = await bench.until_ended(id_)
+    assert (done.status, done.result) == (Status.COMPLETED, "alive")
 
 
 async def test_a_task_is_queued_again_for_the_exceptions_that_the_worker_names(bench: Bench) -> None:
@@ -570,6 +599,29 @@ def said_in(logs: Logs, event: str) -> bool:
     return any(one["event"] == event for one in logs)
 
 
+async def test_a_cancel_that_comes_while_the_last_words_are_on_their_way_frees_the_slot(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, logs: Logs
+) -> None:
+    real = bench.store.extend
+    on_its_way = asyncio.Event()
+
+    async def extend(*words: Any, **more: Any) -> Any:
+        if on_its_way.is_set():
+            return await real(*words, **more)
+        on_its_way.set()
+        return await asyncio.Event().wait()
+
+    monkeypatch.setattr(bench.store, "extend", extend)
+    first, second = await bench.submit(), await bench.submit()
+    async with bench.work(hello_at_once, slots=1):
+        await on_its_way.wait()
+        await bench.say(first, events.Cancelled(reason="enough"))
+        await bench.until_ended(second)
+    assert await bench.said(first) == ["submitted", "started", "cancelled"]
+    assert await bench.status(second) is Status.COMPLETED
+    assert [one["status"] for one in logs if one["event"] == "task.cancelled"] == ["cancelled"]
+
+
 @pytest.mark.parametrize("kind", ["deleted", "timed out", "restated"])
 async def test_other_ends_interrupt_as_well(bench: Bench, kind: str) -> None:
     started, ended = asyncio.Event(), asyncio.Event()
@@ -658,6 +710,33 @@ async def test_a_worker_stops_although_a_handler_ignores_it(bench: Bench) -> Non
             assert (await bench.said(id_))[-1] == "requeued"
         finally:
             release.set()
+
+
+async def test_a_crash_waits_for_no_handler_and_says_nothing(bench: Bench, logs: Logs) -> None:
+    started, deaf, release = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @task("default")
+    async def ignores(task: Task, ctx: Context) -> str:
+        while not release.is_set():
+            started.set()
+            try:
+                await release.wait()
+            except asyncio.CancelledError:
+                deaf.set()
+        return "too late"
+
+    id_ = await bench.submit()
+    async with bench.work(ignores) as working:
+        await started.wait()
+        try:
+            await asyncio.wait_for(working.crash(), 5)
+            assert deaf.is_set()
+        finally:
+            release.set()
+        (handler,) = [one for one in asyncio.all_tasks() if getattr(one.get_coro(), "__name__", "") == "_work"]
+        await asyncio.wait([handler])
+    assert await bench.said(id_) == ["submitted", "started"]
+    assert not said_in(logs, "task.completed")
 
 
 async def test_a_handler_pauses_at_its_checkpoint_and_goes_on(bench: Bench) -> None:
@@ -1046,14 +1125,13 @@ async def test_paused_again_in_the_moment_of_pausing_it_stays_paused(
     assert len(sent) == 2
 
 
-async def test_an_attempt_that_is_over_is_neither_kept_nor_stopped(bench: Bench) -> None:
+async def test_an_attempt_that_is_over_is_not_stopped(bench: Bench) -> None:
     await bench.submit()
     (claimed,) = await bench.store.claim(["default"], "w", 1)
     attempt = Attempt(bench.store, claimed, worker="w")
     attempt.stop()
     assert not attempt.stopped
     attempt.lose("lease")
-    attempt.keep(0)
     attempt.hear(Status.CANCELLED, 9)
     assert attempt.lost == "lease"
 
