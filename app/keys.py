@@ -47,6 +47,7 @@ KINDS = (
     Kind("ready-of", "zset", "org:queue", "the same, of one organisation", "while tasks wait"),
     Kind("queues", "zset", "", "200 names, with the time of their last new task", "for ever"),
     Kind("wake", "list", "queue", "64 tokens", "an hour from the first"),
+    Kind("stop", "list", "random", "1 token: a worker that waits for tasks stops", "60 s"),
     Kind("leases", "zset", "", "one member per running task", "while tasks run"),
     Kind("due", "zset", "", "one member per task with a deadline", "while tasks have deadlines"),
     Kind("followups", "list", "", "one item per step that another partition has to take", "until it was taken"),

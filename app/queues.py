@@ -8,17 +8,18 @@ consequence, and the guards of that append make all others' attempts harmless.
 import asyncio
 import random
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import msgspec
 import structlog
 from msgspec import Struct
+from redis.exceptions import NoScriptError
 
 from app import events, keys
-from app.connect import Arg, Door
+from app.connect import Arg, Door, Line, in_our_words, script
 from app.errors import Conflict, Full, Invalid, NotFound, Unavailable
 from app.log import Log, Partitions, entry, limits
 from app.settings import Settings
@@ -44,6 +45,12 @@ FOLLOW_PASSES = 10
 """Generations, more or less; those below them are the next tick's."""
 SWEEP_SECONDS = 1.0
 """An idle worker looks again after this time: a delayed task makes no wake-up call."""
+WOKEN_MAX = 2
+"""Tasks that a wait claims: the one that woke it, and one more, so that a single one says that no others are there. A
+process that is frozen while it waits gets so many all the same.
+"""
+STOP_SECONDS = 1.0
+"""A store that is away must not hold up a worker's stop for longer."""
 
 
 class Claimed(Struct, eq=False):
@@ -98,14 +105,14 @@ class Queues:
         name = f"{org}:{worker}:{claim or secrets.token_hex(16)}"
         lease_ms = round(lease_seconds * 1000) or self.lease_ms
         # What a repeated call was given stands in any partition: none may hand out new tasks before all have told.
-        if claim and len(self.partitions.tags) > 1 and (known := await self._claim(name, started, 0, lease_ms, org)):
+        if claim and len(self.partitions.tags) > 1 and (known := await self.claim_as(name, started, 0, lease_ms, org)):
             return known
-        return await self._claim(name, started, free, lease_ms, org)
+        return await self.claim_as(name, started, free, lease_ms, org)
 
-    async def _claim(
+    async def claim_as(
         self, claim: str, started: Mapping[str, tuple[bytes, bytes]], free: int, lease_ms: int, org: str
     ) -> list[Claimed]:
-        """`free` 0: only what this claim was given before."""
+        """Under a name, the same one for a repeat. `free` 0: only what this claim was given before."""
         claimed: list[Claimed] = []
         # Each call begins at another partition, so that none starves.
         tags = self.partitions.tags
@@ -113,22 +120,23 @@ class Queues:
         for tag in tags[self._turn :] + tags[: self._turn]:
             if free and len(claimed) == free:
                 break
-            args: list[Arg] = [keys.prefix(tag), self._limits, claim, max(0, free - len(claimed)), lease_ms, org]
-            for queue, said in started.items():
-                args += [queue, *said]
+            args = self.arguments(tag, claim, started, max(0, free - len(claimed)), lease_ms, org)
             try:
                 raw = await self.door.run("claim", [keys.key(tag, "leases")], args, repeat=True)
             except Unavailable:
                 if not claimed:
                     raise
                 break  # what other partitions have handed out must not wait for this one
-            for org_, id_, fence, encoded in raw:
-                flat: list[str] = msgspec.json.decode(encoded)
-                fields = dict(zip(flat[::2], flat[1::2], strict=True))
-                # A repeated claim may name tasks that ended since, were given to others, or were deleted.
-                if fields.get("fence") == fence.decode() and fields["status"] in LEASED:
-                    claimed.append(Claimed(org_.decode(), id_.decode(), int(fence), task(fields)))
+            claimed += _claimed(raw)
         return claimed
+
+    def arguments(
+        self, tag: str, claim: str, started: Mapping[str, tuple[bytes, bytes]], free: int, lease_ms: int, org: str
+    ) -> list[Arg]:
+        args: list[Arg] = [keys.prefix(tag), self._limits, claim, free, lease_ms, org]
+        for queue, said in started.items():
+            args += [queue, *said]
+        return args
 
     async def renew(self, held: Sequence[L], *, lease_seconds: float = 0) -> dict[L, str]:
         """Each lease's task → its status; empty: the lease is lost and its handler must stop.
@@ -147,34 +155,12 @@ class Queues:
         return answer
 
     @asynccontextmanager
-    async def waiting(self, queues: Sequence[str]) -> AsyncIterator[Callable[[], Awaitable[None]]]:
-        """Gives a function that returns when a task may be ready in one of these queues, or after SWEEP_SECONDS."""
-        pops: list[Callable[[], Awaitable[Any]]] = []
-        pending: dict[int, asyncio.Future[Any]] = {}
+    async def waiting(self, queues: Mapping[str, int], worker: str) -> AsyncIterator["Waiting"]:
         async with AsyncExitStack() as stack:
-            for tag in self.partitions.tags:
-                line = await stack.enter_async_context(self.door.blocking())
-                names = [keys.key(tag, "wake", queue) for queue in queues]
-                pops.append(partial(line.ask, "BLPOP", *names, SWEEP_SECONDS))
-
-            async def wait() -> None:
-                for i, pop in enumerate(pops):
-                    if i not in pending:
-                        pending[i] = asyncio.ensure_future(pop())
-                # The others' reads go on: cancelled, each would cost a connection, and perhaps a token.
-                await asyncio.wait(pending.values(), return_when=asyncio.FIRST_COMPLETED)
-                for i, one in [*pending.items()]:
-                    if one.done():
-                        del pending[i]
-                        if error := one.exception():
-                            raise error
-
-            try:
-                yield wait
-            finally:
-                for one in pending.values():
-                    one.cancel()
-                await asyncio.gather(*pending.values(), return_exceptions=True)
+            lines = {tag: await stack.enter_async_context(self.door.blocking()) for tag in self.partitions.tags}
+            waiting = Waiting(self, lines, queues, worker)
+            stack.push_async_callback(waiting.aclose)
+            yield waiting
 
     async def tick(self) -> int:
         """Appends what is due in all partitions; returns how many events that made."""
@@ -337,6 +323,100 @@ class Queues:
                     logger.info("task.forgotten", task_id=id_, org=org)
                     count += 1
         return count
+
+
+class Waiting:
+    """A worker that waits for tasks: one call at a time. Made by `Queues.waiting`.
+
+    In a store of one partition the claim stands behind the wait on the same connection, and the store goes on with it by
+    itself: a task begins one trip earlier. Elsewhere it follows the wake-up, for it looks at all partitions.
+    """
+
+    def __init__(self, queues: Queues, lines: Mapping[str, Line], wanted: Mapping[str, int], worker: str) -> None:
+        self._queues, self._lines, self._wanted, self._worker = queues, lines, wanted, worker
+        own = secrets.token_hex(8)
+        self._stops = {tag: keys.key(tag, "stop", own) for tag in lines}
+        self._waits = self._ended = False
+        self._pending: dict[str, asyncio.Future[Any]] = {}
+
+    async def claim(self, free: int) -> list[Claimed]:
+        """Waits until a task may be ready, for SWEEP_SECONDS at most, and claims up to `free`. Raises Unavailable."""
+        if self._ended:
+            return []
+        self._waits = True
+        try:
+            if len(self._lines) == 1:
+                ((tag, line),) = self._lines.items()
+                return await self._claim_behind(tag, line, free)
+            await self._wait()
+        finally:
+            self._waits = False
+        return [] if self._ended else await self._queues.claim(self._wanted, self._worker, free)
+
+    def _pop(self, tag: str) -> tuple[Arg, ...]:
+        names = [keys.key(tag, "wake", queue) for queue in self._wanted]
+        return ("BLPOP", self._stops[tag], *names, SWEEP_SECONDS)
+
+    async def _claim_behind(self, tag: str, line: Line, free: int) -> list[Claimed]:
+        queues = self._queues
+        started = {queue: _started(self._worker, count, 0) for queue, count in self._wanted.items()}
+        name = f":{self._worker}:{secrets.token_hex(16)}"
+        args = queues.arguments(tag, name, started, free, queues.lease_ms, "")
+        command = ("EVALSHA", script("claim").sha, 1, keys.key(tag, "leases"), *args)
+        try:
+            popped, raw = await line.trip([self._pop(tag), command])
+        except Exception as error:
+            # Did it come to the claim? The same name tells; a claim of no tasks takes none.
+            if claimed := await queues.claim_as(name, started, 0, queues.lease_ms, ""):
+                return claimed
+            raise in_our_words(error) from error
+        if isinstance(raw, NoScriptError):  # a restarted server
+            return await queues.claim_as(name, started, free, queues.lease_ms, "")
+        for answer in (popped, raw):
+            if isinstance(answer, Exception):
+                raise in_our_words(answer)
+        return _claimed(raw)
+
+    async def _wait(self) -> None:
+        for tag, line in self._lines.items():
+            if tag not in self._pending:
+                self._pending[tag] = asyncio.ensure_future(line.ask(*self._pop(tag)))
+        # The others' reads go on: cancelled, each would cost a connection, and perhaps a token.
+        await asyncio.wait(self._pending.values(), return_when=asyncio.FIRST_COMPLETED)
+        for tag, one in [*self._pending.items()]:
+            if one.done():
+                del self._pending[tag]
+                if error := one.exception():
+                    raise error
+
+    async def end(self) -> None:
+        """Ends the wait. Cut off, it could leave tasks that nobody knows of: it is woken, and answers what it has."""
+        self._ended = True
+        if not self._waits:
+            return
+        tag, own = next(iter(self._stops.items()))
+        call = self._queues.door.call
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await asyncio.gather(call("RPUSH", own, "1"), call("EXPIRE", own, 60))
+        except (TimeoutError, Unavailable):
+            self._lines[tag].close()
+
+    async def aclose(self) -> None:
+        for one in self._pending.values():
+            one.cancel()
+        await asyncio.gather(*self._pending.values(), return_exceptions=True)
+
+
+def _claimed(raw: Iterable[Any]) -> list[Claimed]:
+    """The script's answer. A repeated claim may name tasks that ended since, were given to others, or were deleted."""
+    claimed: list[Claimed] = []
+    for org, id_, fence, encoded in raw:
+        flat: list[str] = msgspec.json.decode(encoded)
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
+        if fields.get("fence") == fence.decode() and fields["status"] in LEASED:
+            claimed.append(Claimed(org.decode(), id_.decode(), int(fence), task(fields)))
+    return claimed
 
 
 @lru_cache

@@ -16,7 +16,7 @@ file must never do is let a handler, its errors or its silence stop the renewal 
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,7 +29,7 @@ from app import events
 from app.errors import Invalid, Misconfigured, TaskcastError, Unavailable
 from app.events import FINAL_OUTPUT, RESULT_BYTES_MAX, AnyEvent, Json
 from app.log import Logged
-from app.queues import again
+from app.queues import WOKEN_MAX, Claimed, Waiting, again
 from app.schema import misfit
 from app.store import Store
 from app.task import TERMINAL, Status, Task
@@ -213,8 +213,11 @@ class Worker:
         """One per taken slot."""
         self._expiry: asyncio.TimerHandle | None = None
         self._freed = asyncio.Event()
-        self._more = False
-        """The last claim filled all free slots: more may wait."""
+        self._share = (slots + 1) // 2
+        """Of the slots, that one claim fills while more tasks wait."""
+        self._more = True
+        """The last claim got all that it asked for: more tasks may wait."""
+        self._waiting: Waiting | None = None
         self._log = logger.bind(worker=name)
 
     async def run(self) -> None:
@@ -222,7 +225,13 @@ class Worker:
         try:
             async with self._store.watch(self._hear), asyncio.TaskGroup() as group:
                 rounds = [group.create_task(ticker(self._store)), group.create_task(self._renew())]
-                await self._claim()
+                claiming = group.create_task(self._claim())
+                await self._stop.wait()
+                # Not cut off: what the store has handed out must be known here.
+                self._freed.set()
+                if self._waiting:
+                    await self._waiting.end()
+                await claiming
                 await self._drain()
                 for one in rounds:
                     one.cancel()
@@ -236,9 +245,9 @@ class Worker:
         """Until the stop."""
         while not self._stop.is_set():
             try:
-                async with self._store.queues.waiting([*self._queues]) as woken:
+                async with self._store.queues.waiting(self._queues, self.name) as self._waiting:
                     while not self._stop.is_set():
-                        await self._claim_free(woken)
+                        await self._claim_free(self._waiting)
             except Unavailable as error:
                 self._log.warning("worker.waiting", reason=str(error))
                 await self._unless_stopped(asyncio.sleep(PAUSE_SECONDS))
@@ -246,25 +255,57 @@ class Worker:
                 logger.exception("worker.claim_failed", worker=self.name)
                 await self._unless_stopped(asyncio.sleep(PAUSE_SECONDS))
 
-    async def _claim_free(self, woken: Callable[[], Awaitable[None]]) -> None:
-        self._freed.clear()
-        free = self._slots - len(self._runners)
-        if not free:
-            await self._unless_stopped(self._freed.wait())
-            return
-        if self._more and free < self._slots // 2:
-            await self._unless_stopped(asyncio.sleep(GATHER_SECONDS))
+    async def _claim_free(self, waiting: Waiting) -> None:
+        free = await self._room()
+        if free and self._more:
+            await self._claim_on(free)
+        elif free:
+            wanted = min(free, WOKEN_MAX)
+            asked_at = asyncio.get_running_loop().time()
+            claimed = await waiting.claim(wanted)
+            self._more = len(claimed) == wanted
+            self._begin(claimed, asked_at)
+
+    async def _room(self) -> int:
+        """How many slots are free, once one is. While more tasks wait: once half of them are, or GATHER_SECONDS after."""
+        loop = asyncio.get_running_loop()
+        until: asyncio.TimerHandle | None = None
+        while not self._stop.is_set():
             free = self._slots - len(self._runners)
-        # Not to be cut off by the stop: what the store has handed out must be known here.
-        asked_at = asyncio.get_running_loop().time()
-        claimed = await self._store.claim(self._queues, self.name, free)
+            if free >= (self._share if self._more else 1) or (until and until.when() <= loop.time()):
+                break
+            if free and not until:
+                until = loop.call_later(GATHER_SECONDS, self._freed.set)
+            self._freed.clear()
+            await self._freed.wait()
+        if until:
+            until.cancel()
+        return self._slots - len(self._runners)
+
+    async def _claim_on(self, free: int) -> None:
+        """As long as claims fill their share of the slots. The next one leaves before the tasks of the last one begin, so
+        that the store works on it while they do: with all slots in one claim they would take turns.
+        """
+        last: list[Claimed] = []
+        last_asked_at = 0.0
+        while free and self._more and not self._stop.is_set():
+            wanted = min(free, self._share)
+            asked_at = asyncio.get_running_loop().time()
+            asking = asyncio.create_task(self._store.claim(self._queues, self.name, wanted))
+            await asyncio.sleep(0)
+            self._begin(last, last_asked_at)
+            last, last_asked_at = await asking, asked_at
+            self._more = len(last) == wanted
+            free = self._slots - len(self._runners) - len(last)
+            if free < self._share:
+                break
+        self._begin(last, last_asked_at)
+
+    def _begin(self, claimed: Sequence[Claimed], asked_at: float) -> None:
         for one in claimed:
             attempt = Attempt(self._store, one, worker=self.name)
             self.begin(attempt)
             self._keep(attempt, self._lease_until(asked_at))
-        self._more = len(claimed) == free
-        if not self._more:
-            await self._unless_stopped(woken())
 
     def _lease_until(self, asked_at: float) -> float:
         """By this process's clock. A call that the store's absence drew out was answered for its last try; that the

@@ -1,15 +1,21 @@
 """Queues: who gets what, for how long, and what follows when a worker falls silent."""
 
 import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import ResponseError
 
 from app import events, keys
-from app.errors import Conflict, Invalid, Stale
+from app.connect import Arg, Line
+from app.errors import Conflict, Invalid, Stale, Unavailable
 from app.events import Submission
-from app.queues import Claimed, lost
-from app.store import Store
+from app.queues import Claimed, Waiting, lost
+from app.settings import Settings
+from app.store import Store, open_store
 from app.task import Status
 from tests.waiting import wait_until
 
@@ -176,20 +182,117 @@ async def test_ten_racing_tickers_append_one_consequence(store: Store) -> None:
     assert sum(await asyncio.gather(*(store.queues.tick() for _ in range(10)))) == 1
 
 
-async def test_an_idle_worker_wakes_when_a_task_arrives(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+# A worker that waits
+
+
+@pytest.fixture(params=[1, 3])
+async def any_width(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Store]:
+    async with open_store(Settings(data=tmp_path / "wide", partitions=request.param)) as store:
+        yield store
+
+
+@asynccontextmanager
+async def waiting(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[Waiting, asyncio.Task[list[Claimed]]]]:
+    """One that waits already, and which nothing but a word wakes: its sweep would come only after nine seconds."""
     monkeypatch.setattr("app.queues.SWEEP_SECONDS", 9.0)
-    async with store.queues.waiting(["default"]) as wait:
-        waiting = asyncio.ensure_future(wait())
-        (tag,) = store.partitions.tags
+    async with store.queues.waiting({"default": 0}, "w") as wait:
+        claiming = asyncio.create_task(wait.claim(2))
 
         async def blocked() -> bool:
-            return int((await store.door.read("INFO", "clients"))["blocked_clients"]) == 1
+            return int((await store.door.read("INFO", "clients"))["blocked_clients"]) == len(store.partitions.tags)
 
         await wait_until(blocked, "the worker waits")
+        async with asyncio.timeout(5):
+            yield wait, claiming
+            await asyncio.wait([claiming])
+
+
+async def left(store: Store, kind: str) -> list[str]:
+    """Keys of that kind."""
+    return [name for tag in store.partitions.tags async for name in store.snapshots._scan(f"{keys.prefix(tag)}{kind}*")]
+
+
+async def test_an_idle_worker_has_a_task_as_soon_as_it_arrives(
+    any_width: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with waiting(any_width, monkeypatch) as (_, claiming):
+        await submit(any_width, "t")
+        (claimed,) = await claiming
+    assert (claimed.task, claimed.found.status, claimed.found.worker) == ("t", Status.RUNNING, "w")
+    assert await left(any_width, "wake") == []
+
+
+async def test_a_wait_that_is_ended_claims_nothing_and_leaves_nothing(
+    any_width: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with waiting(any_width, monkeypatch) as (wait, claiming):
+        await wait.end()
+        assert await claiming == []
+        await submit(any_width, "t")
+        assert await wait.claim(2) == []
+    await wait.end()
+    assert await status(any_width, "t") is Status.QUEUED
+    assert await left(any_width, "stop") == []
+
+
+async def test_a_wait_ends_although_the_store_is_away(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def away(*_: Any, **__: Any) -> None:
+        raise Unavailable("away")
+
+    async with waiting(store, monkeypatch) as (wait, claiming):
+        monkeypatch.setattr(store.door, "call", away)
+        await wait.end()
+        with pytest.raises(Unavailable):
+            await claiming
+
+
+@pytest.mark.parametrize("answered", [False, True])
+async def test_what_a_wait_claimed_is_not_lost_with_its_connection(
+    store: Store, monkeypatch: pytest.MonkeyPatch, answered: bool
+) -> None:
+    real = Line.trip
+
+    async def trip(line: Line, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
+        if commands[0][0] != "BLPOP":
+            return await real(line, commands)
+        if answered:
+            await real(line, commands)
+        raise ConnectionResetError("gone")
+
+    await submit(store, "t")
+    monkeypatch.setattr(Line, "trip", trip)
+    async with store.queues.waiting({"default": 0}, "w") as wait:
+        if answered:
+            assert [one.task for one in await wait.claim(2)] == ["t"]
+        else:
+            with pytest.raises(Unavailable):
+                await wait.claim(2)
+    assert await status(store, "t") is (Status.RUNNING if answered else Status.QUEUED)
+
+
+async def test_a_server_that_forgot_its_scripts_gives_a_waiting_worker_its_task(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with waiting(store, monkeypatch) as (_, claiming):
+        await store.door.call("SCRIPT", "FLUSH")
         await submit(store, "t")
-        async with asyncio.timeout(5):  # the sweep would come only after nine seconds
-            await waiting
-    assert await store.door.read("LLEN", keys.key(tag, "wake", "default")) == 0
+        assert [one.task for one in await claiming] == ["t"]
+
+
+@pytest.mark.parametrize("kind", ["wake", "claim"])
+async def test_a_wait_that_the_store_refuses_says_so(store: Store, kind: str) -> None:
+    (tag,) = store.partitions.tags
+    if kind == "wake":
+        await store.door.call("SET", keys.key(tag, "wake", "default"), "no list")
+    else:
+        await submit(store, "t")
+        await store.door.call("DEL", keys.key(tag, "leases"))
+        await store.door.call("SET", keys.key(tag, "leases"), "no set")
+    async with store.queues.waiting({"default": 0}, "w") as wait:
+        with pytest.raises(ResponseError, match="WRONGTYPE"):
+            await wait.claim(2)
 
 
 async def test_wake_tokens_that_nobody_takes_are_bounded(store: Store) -> None:
