@@ -92,6 +92,9 @@ class Door:
         self.url = url
         self._client = client(url)
         self._fast, self._slow = Lane(self._client), Lane(self._client)
+        self._loading = asyncio.Lock()
+        self._loads = 0
+        """How often a server had lost the scripts."""
 
     async def call(self, *command: Arg, repeat: bool = False) -> Any:
         return await self._ask(self._fast, command, repeat=repeat)
@@ -105,23 +108,16 @@ class Door:
     ) -> Any:
         """Runs `app/lua/<name>.lua`. Raises Unavailable, Full."""
         lane = self._slow if slow else self._fast
-        return await self._evaluate(lane, ("EVALSHA", script(name).sha, len(keys), *keys, *args), repeat=repeat)
+        return await self._ask(lane, ("EVALSHA", script(name).sha, len(keys), *keys, *args), repeat=repeat)
 
     async def share(
-        self, name: str, key: str, head: Sequence[Arg], args: Sequence[Arg], *, weight: float, repeat: bool = False
+        self, name: str, key: str, head: tuple[Arg, ...], args: Sequence[Arg], *, weight: float, repeat: bool = False
     ) -> Any:
         """Runs `app/lua/<name>.lua`, which takes one key and `args` for each of many things, for one of them; those that are
         asked for at the same time share a call if their heads are equal, and their weights, parts of what a call may
         hold, are at most 1 together. Raises Unavailable, Full.
         """
-        return await self._evaluate(self._fast, Share(script(name).sha, key, (*head,), args, weight), repeat=repeat)
-
-    async def _evaluate(self, lane: "Lane", command: "Command", *, repeat: bool) -> Any:
-        try:
-            return await self._ask(lane, command, repeat=repeat)
-        except exceptions.NoScriptError:  # a restarted server: it has not run anything
-            await self.load()
-            return await self._ask(lane, command, repeat=repeat)
+        return await self._ask(self._fast, Share(script(name).sha, key, head, args, weight), repeat=repeat)
 
     async def load(self) -> None:
         """Gives the server all scripts."""
@@ -131,10 +127,19 @@ class Door:
 
     async def _ask(self, lane: "Lane", command: "Command", *, repeat: bool) -> Any:
         until = time.monotonic() + REPEAT_SECONDS
-        pause = 0.02
+        pause, loads, again = 0.02, self._loads, False
         while True:
             try:
                 return await lane.ask(command)
+            except exceptions.NoScriptError:  # a restarted server: it has not run anything
+                if again:
+                    raise
+                again = True
+                async with self._loading:
+                    if self._loads == loads:  # else others have loaded them meanwhile
+                        await self.load()
+                        self._loads += 1
+                continue
             except Unavailable as error:
                 if not repeat or isinstance(error, Full) or time.monotonic() > until:
                     raise
@@ -259,7 +264,7 @@ class Lane:
         self._trip: asyncio.Task[None] | None = None
         self._closed = False
 
-    async def ask(self, command: Command) -> Any:
+    def ask(self, command: Command) -> asyncio.Future[Any]:
         """Raises Invalid for text that is not UTF-8: it must not spoil the others' trip."""
         if self._closed:
             raise Unavailable("The store is closed.")
@@ -273,7 +278,7 @@ class Lane:
         self._asked.append((command, answer))
         if self._trip is None:
             self._trip = asyncio.create_task(self._travel())
-        return await answer
+        return answer
 
     async def _travel(self) -> None:
         try:

@@ -134,9 +134,9 @@ class Log:
         self.partitions = partitions
         self._limits = limits(settings)
 
-    def _place(self, org: str, task: str) -> tuple[str, list[str]]:
+    def _place(self, org: str, task: str) -> tuple[str, tuple[str, str]]:
         tag = self.partitions.tag(org, task)
-        return keys.key(tag, "task", org, task), [keys.prefix(tag), self._limits]
+        return keys.key(tag, "task", org, task), (keys.prefix(tag), self._limits)
 
     async def submit(self, task: Submission, *, actor: str = "") -> Appended:
         """Creates the task. Repeatable: the same `submission` is a duplicate.

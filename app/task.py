@@ -426,6 +426,8 @@ def parts(event: AnyEvent, only: Collection[str] = ()) -> tuple[bytes, list[str]
     """`rows` in two parts: without what the event sets, which is often the same and therefore at hand, and the fields
     that it sets in each status, name and value in turn.
     """
+    if type(event) in CONSTANT:
+        return _constant_rows(type(event), (*only,)), []
     if isinstance(event, events.Restated):  # sets other fields in other statuses
         return rows(event, only), []
     effects = _effects(event, QUEUED)
@@ -433,6 +435,30 @@ def parts(event: AnyEvent, only: Collection[str] = ()) -> tuple[bytes, list[str]
     bare = msgspec.structs.replace(effects, set={}) if values else effects
     shape = msgspec.json.encode(bare)
     return _shaped_rows(type(event), (*only,), shape, (*values,)), [word for pair in values.items() for word in pair]
+
+
+# Events whose rows do not depend on what they say. They are the frequent ones.
+CONSTANT: frozenset[type[Event]] = frozenset(
+    {
+        events.TextDelta,
+        events.Noted,
+        events.ToolCalled,
+        events.ToolReturned,
+        events.Thinking,
+        events.AgentStarted,
+        events.AgentCompleted,
+        events.PlanUpdated,
+    }
+)
+
+
+@lru_cache
+def _constant_rows(kind: type[AnyEvent], only: tuple[str, ...]) -> bytes:
+    effects = Change(
+        text="append" if kind is events.TextDelta else "",
+        thread="bounded" if kind in {events.ToolCalled, events.ToolReturned} else "",
+    )
+    return _rows({before: effects for before in TABLE[kind] if not only or before in only})
 
 
 @lru_cache(maxsize=1000)

@@ -148,9 +148,9 @@ class Keeps(Door):
         self.shares: list[Share] = []
 
     async def share(
-        self, name: str, key: str, head: Sequence[Arg], args: Sequence[Arg], *, weight: float, **_: bool
+        self, name: str, key: str, head: tuple[Arg, ...], args: Sequence[Arg], *, weight: float, **_: bool
     ) -> Any:
-        self.shares.append(Share(script(name).sha, key, (*head,), args, weight))
+        self.shares.append(Share(script(name).sha, key, head, args, weight))
         raise Kept
 
 

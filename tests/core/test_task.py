@@ -16,6 +16,7 @@ from app.events import AnyEvent, Entry, Submission
 from app.task import (
     CANCELLED,
     COMPLETED,
+    CONSTANT,
     EMPTY,
     ERRORED,
     FOLLOWED,
@@ -506,6 +507,15 @@ def test_the_two_parts_of_rows_are_the_rows() -> None:
                 for status in pair.statuses
             }
             assert sent == changes(event, only), events.tag(event)
+
+
+def test_events_called_constant_have_rows_that_do_not_depend_on_what_they_say() -> None:
+    for kind in CONSTANT:
+        sample = SAMPLES[events.tag(kind)]
+        plain = (Change(), Change(text="append"), Change(thread="bounded"))
+        assert all(change in plain for change in changes(sample).values())
+        other = msgspec.structs.replace(sample, message="another", agent="other", actor="worker:x")
+        assert changes(sample) == changes(other)
 
 
 def test_rows_at_hand_hold_no_text_of_an_event() -> None:
