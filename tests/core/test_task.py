@@ -31,6 +31,7 @@ from app.task import (
     TABLE,
     TERMINAL,
     TIMED_OUT,
+    Change,
     Row,
     Snapshot,
     Status,
