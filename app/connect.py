@@ -35,6 +35,10 @@ BLOCK_SECONDS = 5.0
 """Of a blocking read; must stay below TIMEOUT_SECONDS."""
 READ_BYTES = 256 * 1024
 """Of replies, at once."""
+SHARES_MAX = 32
+"""In one call. More cost hardly less each, and the store and who asks it would take turns instead of working at the same
+time.
+"""
 
 
 READ_ONLY, ALLOW_OOM = " flags=no-writes", " flags=allow-oom"
@@ -177,8 +181,12 @@ class Line:
             raise in_our_words(answer)
         return answer
 
-    async def trip(self, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
-        """The replies; an error among them stands in its place. Whatever else goes wrong closes the connection."""
+    async def trip(
+        self, commands: Sequence[tuple[Arg, ...]], tell: Callable[[Any], object] = lambda _: None
+    ) -> list[Any]:
+        """The replies, each of which is told as it comes; an error among them stands in its place. Whatever else goes wrong
+        closes the connection.
+        """
         try:
             async with asyncio.timeout(TIMEOUT_SECONDS):
                 if self._replies is None:
@@ -199,6 +207,7 @@ class Line:
                             raise ConnectionResetError("Connection closed by server.")
                         self._replies.feed(read)
                     answers.append(answer)
+                    tell(answer)
                 return answers
         except BaseException:
             self.close()
@@ -284,34 +293,40 @@ class Lane:
         try:
             while self._asked:
                 batch, self._asked = self._asked[: self.BATCH_MAX], self._asked[self.BATCH_MAX :]
-                calls = calls_of(batch)
                 if self._line.ended:
                     self._line.close()
-                try:
-                    answers = await self._line.trip([command_of(call) for call in calls])
-                except asyncio.CancelledError:
-                    for _, future in batch:
-                        future.cancel()
-                    raise
-                except Exception as error:  # noqa: BLE001 (whatever it is, everybody in the batch has to hear of it)
-                    answers = [error] * len(calls)
-                for call, answer in zip(calls, answers, strict=True):
-                    shared = isinstance(call[0][0], Share) and not isinstance(answer, Exception)
-                    for (command, future), one in zip(call, answer if shared else [answer] * len(call), strict=True):
-                        self._tell(future, command, one)
+                await self._take(calls_of(batch))
         finally:
             self._trip = None
 
-    def _tell(self, future: asyncio.Future[Any], command: Command, answer: Any) -> None:
-        if future.done():  # whoever asked has left
-            return
+    async def _take(self, calls: Sequence[Sequence[Asked]]) -> None:
+        """Whoever has an answer goes on while the store works on the next one's."""
+        waiting = iter(calls)
         try:
-            if isinstance(answer, Exception):
-                raise in_our_words(answer)
-            shape = None if isinstance(command, Share) else self._shapes.get(command[0])
-            future.set_result(shape(answer) if shape else answer)
-        except Exception as error:  # noqa: BLE001 (the others wait for their answers)
-            future.set_exception(error)
+            await self._line.trip(
+                [command_of(call) for call in calls], lambda answer: self._tell(next(waiting), answer)
+            )
+        except asyncio.CancelledError:
+            for call in waiting:
+                for _, future in call:
+                    future.cancel()
+            raise
+        except Exception as error:  # noqa: BLE001 (whatever it is, everybody in the batch has to hear of it)
+            for call in waiting:
+                self._tell(call, error)
+
+    def _tell(self, call: Sequence[Asked], answer: Any) -> None:
+        shared = isinstance(call[0][0], Share) and not isinstance(answer, Exception)
+        for (command, future), one in zip(call, answer if shared else [answer] * len(call), strict=True):
+            if future.done():  # whoever asked has left
+                continue
+            try:
+                if isinstance(one, Exception):
+                    raise in_our_words(one)
+                shape = None if isinstance(command, Share) else self._shapes.get(command[0])
+                future.set_result(shape(one) if shape else one)
+            except Exception as error:  # noqa: BLE001 (the others wait for their answers)
+                future.set_exception(error)
 
     async def aclose(self) -> None:
         self._closed = True
@@ -333,7 +348,7 @@ def calls_of(batch: Sequence[tuple[Command, T]]) -> list[list[tuple[Command, T]]
         if not isinstance(command, Share):
             head = None
             calls.append([asked])
-        elif head == (command.sha, command.head) and weight + command.weight <= 1:
+        elif head == (command.sha, command.head) and weight + command.weight <= 1 and len(calls[-1]) < SHARES_MAX:
             weight += command.weight
             calls[-1].append(asked)
         else:

@@ -2,7 +2,8 @@
 -- ARGV per task: org, id, fence ('' when no worker speaks), operation ('' or a name under which the outcome is kept:
 -- 24 h, or a minute if it begins with `once:`), a set and the score in it that the caller saw (both '' without),
 -- submission (of a new turn, else ''), number of words that follow: per event its producer number ('' without), type,
--- event, rows, number of words of what it sets, and those: name and value in turn. A task's events are taken in order; the first that is refused ends them, and the next task's turn comes.
+-- event, rows, number of words of what it sets, and those: name and value in turn. A task's events are taken in order;
+-- the first that is refused ends them, and the next task's turn comes.
 -- Answers per task an error, or one reply per event that was looked at: {code, then where the task stands}. Codes:
 -- ok · duplicate · not_found · stale · out_of_order · conflict · guarded · text_full · thread_full · sum_full.
 
@@ -66,7 +67,9 @@ local function append(at)
     if set ~= '' and redis.call('ZSCORE', key(set), member) ~= score then return reply('stale') end
     local change = row(rows, fields.status)
     if not change then return reply('conflict') end
-    local plan = { org = org, id = id, fields = fields, change = change, type = kind, event = event, n = n, sets = sets }
+    local plan = {
+      org = org, id = id, fields = fields, change = change, sets = sets, type = kind, event = event, n = n,
+    }
     local problem = prepare(plan)
     if problem then return reply(problem) end
     write(plan)

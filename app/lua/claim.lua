@@ -55,9 +55,10 @@ for i = 1, math.min(free, #waiting) do
   local fields = org and load(org, id)
   local change = fields and row(ARGV[one.at + 2], fields.status)
   if change then
-    local plan = { org = org, id = id, fields = fields, type = 'started', event = ARGV[one.at + 1], n = '', lease = lease,
-      sets = NOTHING }
-    plan.change = change
+    local plan = {
+      org = org, id = id, fields = fields, change = change, sets = NOTHING, type = 'started', event = ARGV[one.at + 1],
+      n = '', lease = lease,
+    }
     prepare(plan)
     plans[#plans + 1] = plan
   else

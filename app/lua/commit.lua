@@ -7,7 +7,8 @@
 -- ARGV[1] key prefix of the partition, ARGV[2] limits: events and bytes per mark, log entries, bytes per log mark.
 
 local PREFIX = ARGV[1]
-local EVENTS_PER_MARK, BYTES_PER_MARK, LOG_ENTRIES, LOG_BYTES_PER_MARK = string.match(ARGV[2], '(%d+) (%d+) (%d+) (%d+)')
+local EVENTS_PER_MARK, BYTES_PER_MARK, LOG_ENTRIES, LOG_BYTES_PER_MARK =
+  string.match(ARGV[2], '(%d+) (%d+) (%d+) (%d+)')
 EVENTS_PER_MARK, BYTES_PER_MARK = tonumber(EVENTS_PER_MARK), tonumber(BYTES_PER_MARK)
 LOG_BYTES_PER_MARK = tonumber(LOG_BYTES_PER_MARK)
 local LOG_MARKS = 64
@@ -32,7 +33,8 @@ local function key(kind, rest)
   return PREFIX .. kind
 end
 
-local LOG, MARKS, COUNT, LEASES, DUE, ENDED = key('log'), key('marks'), key('count'), key('leases'), key('due'), key('ended')
+local LOG, MARKS, COUNT = key('log'), key('marks'), key('count')
+local LEASES, DUE, ENDED = key('leases'), key('due'), key('ended')
 
 -- Seconds and µs, read once: all that one call writes happens at one time.
 local clock
@@ -180,9 +182,9 @@ local function kin_of(org, f)
   local kin = kins[sign]
   if not kin then
     kin = {
-      ready = key('ready', queue), ready_of = key('ready-of', org .. ':' .. queue), wake = key('wake', queue), moves = {},
+      ready = key('ready', queue), ready_of = key('ready-of', org .. ':' .. queue), wake = key('wake', queue),
       head = ',' .. quoted(owner) .. ',' .. quoted(user) .. ',' .. quoted(agent) .. ',' .. quoted(session) .. ',"',
-      org = ',' .. quoted(org) .. ',', queue = ',' .. quoted(queue) .. ']',
+      org = ',' .. quoted(org) .. ',', queue = ',' .. quoted(queue) .. ']', moves = {},
     }
     kins[sign] = kin
   end
@@ -250,8 +252,9 @@ local function prepare_lists(plan)
   plan.join, plan.leave = join, leave
 end
 
--- plan: org, id, fields (before; {} for a new task), change, sets (fields that it sets besides, name and value in turn),
--- type, event (JSON), n ('' when no worker spoke), lease (ms, of a claim). Adds everything that `write` needs. Returns an error code, or nil.
+-- plan: org, id, fields (before; {} for a new task), change, sets (what it sets besides: name and value in turn), type,
+-- event (JSON), n ('' when no worker spoke), lease (ms, of a claim). Adds everything that `write` needs. Returns an
+-- error code, or nil.
 local function prepare(plan)
   local org, id, change, before, sets = plan.org, plan.id, plan.change, plan.fields, plan.sets
   local task = org .. ':' .. id
@@ -388,8 +391,8 @@ local function log_entry(plan, before, after)
   entries = entries + 1
   -- One text: readers look at the header of every entry, and seventeen fields would cost them more than all the rest.
   local head = '[' .. digits(entries) .. kin.org .. quoted(plan.id) .. kin.head .. before .. '","' .. after .. '",'
-    .. plan.seq_text .. ',' .. seconds .. ',' .. micros .. ',"' .. plan.type .. '",' .. f.fence .. ',' .. f.attempt .. ','
-    .. (plan.n == '' and '0' or plan.n) .. kin.queue
+    .. plan.seq_text .. ',' .. seconds .. ',' .. micros .. ',"' .. plan.type .. '",' .. f.fence .. ','
+    .. f.attempt .. ',' .. (plan.n == '' and '0' or plan.n) .. kin.queue
   local id = redis.call('XADD', LOG, 'MAXLEN', '=', LOG_ENTRIES, '*', 'head', head, 'event', plan.event)
   -- One mark per so many bytes; with the 65th the oldest share goes.
   entry_bytes = entry_bytes + #plan.event + #head + 200
@@ -437,7 +440,8 @@ local function write(plan)
   redis.call('XADD', plan.events, id, 'seq', seq, 'at', stamp, 'type', plan.type, 'fence', after.fence, 'attempt',
     after.attempt, 'worker-n', plan.n, 'event', plan.event)
 
-  local fields = { 'last_seq', seq, 'last_event_id', id, 'updated_at', stamp, 'size', digits(plan.size), unpack(plan.sets) }
+  local fields = { 'last_seq', seq, 'last_event_id', id, 'updated_at', stamp, 'size', digits(plan.size),
+    unpack(plan.sets) }
   local size = #fields
   local function set(name, value)
     fields[size + 1], fields[size + 2] = name, value
@@ -492,7 +496,8 @@ local function write(plan)
       redis.call('ZADD', key('sessions', plan.org .. ':' .. (after.owner or '')), 'NX', stamp, after.session)
     end
   end
-  if change.ready == 'add' then write_ready(plan, at)
+  if change.ready == 'add' then
+    write_ready(plan, at)
   elseif change.ready == 'remove' then
     remove(plan, plan.kin.ready, plan.member)
     remove(plan, plan.kin.ready_of, plan.member)

@@ -10,7 +10,8 @@ if ARGV[7] ~= '' and redis.call('ZSCORE', key('ended'), org .. '/' .. id) ~= ARG
   return { 'stale', fields.last_seq, more(org, id, 'last_event_id'), '0', fields.status, fields.attempt }
 end
 local plan = {
-  org = org, id = id, fields = fields, change = row(ARGV[6], fields.status), type = 'deleted', event = ARGV[5], n = '', sets = NOTHING,
+  org = org, id = id, fields = fields, change = row(ARGV[6], fields.status), sets = NOTHING, type = 'deleted',
+  event = ARGV[5], n = '',
 }
 prepare(plan)
 local spent = redis.call('HMGET', plan.task, 'input_tokens', 'output_tokens', 'cost_nano')

@@ -1,8 +1,8 @@
 -- New tasks. KEYS[i] the snapshot of the i-th.
--- ARGV per task: org, id, event, rows, submission, body hash ('' without an idempotency key), number of words of what it
--- sets, and those: name and value in turn.
--- Answers per task an error, or ok · duplicate (this very submission) · cached (same idempotency key, same body) ·
--- mismatch · exists.
+-- ARGV per task: org, id, event, rows, submission, body hash ('' without an idempotency key), number of words of what
+-- it sets, and those: name and value in turn.
+-- Answers per task an error, or {code, where it stands}. Codes: ok · duplicate (this very submission) · cached (same
+-- idempotency key, same body) · mismatch · exists.
 local function submit(at)
   local org, id, event, rows, submission, body_hash = unpack(ARGV, at, at + 5)
   local found = load(org, id)

@@ -718,3 +718,32 @@ async def test_what_a_call_has_done_to_a_task_counts_for_its_next_step_in_that_c
     assert isinstance(first, Appended)
     assert isinstance(second, Appended)
     assert [d async for d in store.snapshots.verify()] == []
+
+
+async def test_whoever_has_an_answer_goes_on_before_the_others_of_its_trip_have_theirs(store: Store) -> None:
+    door = store.door
+    quick = [asyncio.create_task(door.call("PING")) for _ in range(2)]
+    slow = asyncio.create_task(door.call("BLPOP", "{p0}:test", 9))
+    assert await asyncio.gather(*quick) == [True, True]
+    late = asyncio.create_task(door.call("PING"))  # leaves with the next trip
+    done, _ = await asyncio.wait([slow, late], timeout=0.01)
+    assert not done
+    await door.read("RPUSH", "{p0}:test", "x")
+    assert await slow == (b"{p0}:test", b"x")
+    assert await late
+
+
+async def test_a_trip_that_fails_in_its_middle_fails_those_alone_that_have_no_answer(store: Store) -> None:
+    door = store.door
+    quick = asyncio.create_task(door.call("PING"))
+    slow = asyncio.create_task(door.call("BLPOP", "{p0}:test", 9))
+    last = asyncio.create_task(door.call("PING"))
+    assert await quick
+    told = await door.read("CLIENT", "LIST")
+    clients = [dict(word.split("=", 1) for word in line.split()) for line in told.decode().splitlines()]
+    (blocked,) = [client for client in clients if client["cmd"] == "blpop"]
+    await door.read("CLIENT", "KILL", "ID", blocked["id"])
+    for one in (slow, last):
+        with pytest.raises(Unavailable):
+            await one
+    assert await door.call("PING")
