@@ -24,6 +24,12 @@ MANY = 100
 
 
 @pytest.fixture
+def settings(settings: Settings) -> Settings:
+    """With a lease that outlasts a loaded machine: nobody renews it here."""
+    return settings.model_copy(update={"lease_seconds": 60})
+
+
+@pytest.fixture
 async def server(store: Store, settings: Settings) -> AsyncIterator[Served]:
     async with served(store, settings) as running:
         yield running
