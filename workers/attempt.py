@@ -12,6 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -306,9 +307,8 @@ class Attempt:
         try:
             while self._queue:
                 batch = self._batch()
-                outcomes = await self.insist(
-                    lambda batch=batch: self.store.extend(one.org, one.task, batch, fence=one.fence, n=self._n + 1)  # type: ignore[misc]
-                )
+                asking = partial(self.store.extend, one.org, one.task, batch, fence=one.fence, n=self._n + 1)
+                outcomes = await self.insist(asking)
                 for outcome in outcomes:
                     if self.lost:
                         return
@@ -323,6 +323,8 @@ class Attempt:
             self._sending = None
 
     def _batch(self) -> list[Said]:
+        if len(self._queue) == 1:
+            return [self._queue[0][0]]
         batch: list[Said] = []
         size = 0
         for one, _ in islice(self._queue, BATCH_EVENTS_MAX):
@@ -362,9 +364,10 @@ class Attempt:
         """Asks a store that is away again, until the attempt is over. Raises Over."""
         pause = PAUSE_SECONDS
         while not self.lost:
-            with suppress(Unavailable):
+            try:
                 return await call()
-            await asyncio.sleep(pause)
+            except Unavailable:
+                await asyncio.sleep(pause)
             pause = min(pause * 2, PAUSE_SECONDS_MAX)
         raise Over(self.lost)
 
