@@ -447,7 +447,11 @@ local function write(plan)
     fields[size + 1], fields[size + 2] = name, value
     size = size + 2
   end
-  if change.clear then redis.call('HDEL', plan.task, unpack(change.clear)) end
+  local gone = {}
+  for _, name in ipairs(change.clear or NOTHING) do
+    if before[name] ~= false then gone[#gone + 1] = name end -- false: known to be absent
+  end
+  if #gone > 0 then redis.call('HDEL', plan.task, unpack(gone)) end
   for name, value in pairs(change.set or NOTHING) do set(name, value) end
   for _, name in ipairs(change.stamp or NOTHING) do set(name, stamp) end
   for name, micros in pairs(change.later or NOTHING) do

@@ -1,7 +1,7 @@
 """Queues: who gets what, for how long, and what follows when a worker falls silent."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -254,11 +254,11 @@ async def test_what_a_wait_claimed_is_not_lost_with_its_connection(
 ) -> None:
     real = Line.trip
 
-    async def trip(line: Line, commands: Sequence[tuple[Arg, ...]]) -> list[Any]:
+    async def trip(line: Line, commands: Sequence[tuple[Arg, ...]], *tell: Callable[[Any], object]) -> list[Any]:
         if commands[0][0] != "BLPOP":
-            return await real(line, commands)
+            return await real(line, commands, *tell)
         if answered:
-            await real(line, commands)
+            await real(line, commands, *tell)
         raise ConnectionResetError("gone")
 
     await submit(store, "t")
