@@ -380,7 +380,7 @@ async def posts(port: int, count: int) -> None:
 
 
 async def store(bench: Bench) -> Section:
-    """10,000 events of 100 running tasks, 10,000 submits; bare: the same EVALSHA, made before, sent 100 at a time."""
+    """10,000 events of 100 tasks, 10,000 submits; bare: the same EVALSHA; of claims and ends: what they write, without it."""
     assert SLOTS * EVENTS_PER_TASK == SUBMITS
     section = Section()
     sides: dict[str, Measures] = {
@@ -389,10 +389,12 @@ async def store(bench: Bench) -> Section:
         "submits, bare": partial(itself, what="bare-submits"),
         "submits, one process": partial(itself, what="submits"),
         "submits, through HTTP": http_submits,
+        "claims and ends, bare": partial(itself, what="writes"),
+        "claims and ends": partial(itself, what="runs"),
     }
     found = await interleaved(bench, section, "store", sides)
     for name, rounds in found.items():
-        if plain := found.get(f"{name.split(', ')[0]}, bare"):
+        if plain := found.get(f"{name.partition(', ')[0]}, bare"):
             section.rows[name]["share"] = ratio(rounds, plain, "per_second")
     section.goals = [
         goal(

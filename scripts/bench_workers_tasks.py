@@ -1,7 +1,7 @@
 """Taskcast's side of `scripts/bench workers`: its handlers, and the processes that speak to the store directly.
 
-As a module it is what `taskcast worker` loads. As a program, `bench_workers_tasks.py events|submits|bare-submits URL`,
-it is a process that measures itself and says its figures on stdout, as the handler `emit` does.
+As a module it is what `taskcast worker` loads. As a program, `bench_workers_tasks.py submits|bare-submits|events|runs|writes
+URL`, it is a process that measures itself and says its figures on stdout, as the handler `emit` does.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from secrets import token_hex
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,17 +21,17 @@ import hiredis
 import redis
 import uvloop
 
-from app import events
+from app import events, keys
 from app.api.shannon import spelling
-from app.connect import Arg, Door, Share, calls_of, command_of, script
-from app.events import Submission, Thinking
+from app.connect import SHARES_MAX, Arg, Door, Share, calls_of, command_of, script
+from app.events import Completed, Submission, Thinking
 from app.identity import DEVELOPMENT, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identity
 from app.log import Log
 from app.settings import Settings
 from app.store import Store, open_store
 from app.task import Task
 from scripts.bench_rig import Figures, cpu_ns, measuring
-from scripts.bench_workers_peers import SLOTS, begun, say, timed_begun
+from scripts.bench_workers_peers import SLOTS, TASKS, begun, say, timed_begun
 from workers import Context, task
 
 EVENTS_PER_TASK = 100
@@ -119,22 +120,67 @@ def tell(spent: Sequence[int], count: int) -> None:
 
 
 def bare(url: str, valkey: int, shares: Sequence[Share]) -> None:
-    batches = [calls_of([(share, None) for share in shares[i : i + SLOTS]]) for i in range(0, len(shares), SLOTS)]
-    packed = [b"".join(hiredis.pack_command(command_of(call)) for call in calls) for calls in batches]
+    calls = [
+        call for i in range(0, len(shares), SLOTS) for call in calls_of([(share, 1) for share in shares[i : i + SLOTS]])
+    ]
+    replies, spent = sent(url, valkey, [command_of(call) for call in calls], at_once=-(-SLOTS // SHARES_MAX))
+    for call, reply in zip(calls, replies, strict=True):
+        assert len(reply) == len(call), reply
+        for one in reply:
+            code, *_ = one[0] if isinstance(one[0], list) else one  # of an append: one reply per event
+            assert code == b"ok", one
+    tell(spent, len(shares))
+
+
+def sent(
+    url: str, valkey: int, commands: Sequence[tuple[Arg, ...]], *, at_once: int
+) -> tuple[list[Any], Sequence[int]]:
+    """The replies, and what was spent."""
+    packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type] # as in connect.py
+    batches = [packed[i : i + at_once] for i in range(0, len(packed), at_once)]
+    joined = [b"".join(batch) for batch in batches]
+    reader, replies = hiredis.Reader(), []
     with socket.socket(socket.AF_UNIX) as sock:
         sock.connect(unquote(urlsplit(url).path))
-        replies = hiredis.Reader()
         with measuring(*clocks(valkey)) as spent:
-            for batch, calls in zip(packed, batches, strict=True):
-                sock.sendall(batch)
-                for call in calls:
-                    while (reply := replies.gets()) is False:
-                        replies.feed(sock.recv(READ_BYTES))
-                    assert len(reply) == len(call), reply
-                    for one in reply:
-                        code, *_ = one[0] if isinstance(one[0], list) else one  # of an append: one reply per event
-                        assert code == b"ok", one
-    tell(spent, len(shares))
+            for data, batch in zip(joined, batches, strict=True):
+                sock.sendall(data)
+                for _ in batch:
+                    while (reply := reader.gets()) is False:
+                        reader.feed(sock.recv(READ_BYTES))
+                    replies.append(reply)
+    return replies, spent
+
+
+async def queued(store: Store) -> None:
+    await asyncio.gather(*(store.submit(submission("noop")) for _ in range(TASKS)))
+
+
+async def run(store: Store) -> None:
+    """TASKS from claim to end."""
+    for _ in range(TASKS // SLOTS):
+        claimed = await store.claim(["noop"], "bench", SLOTS)
+        assert len(claimed) == SLOTS
+        end = Completed(actor=ACTOR, result="null", result_type="json")
+        await asyncio.gather(*(store.append(one.org, one.task, end, fence=one.fence, n=1) for one in claimed))
+
+
+def bare_writes(url: str, valkey: int, data: Path, asking: redis.Redis) -> None:
+    """What `run` wrote, from the server's own log: the commands alone, without the scripts that read, check and refuse."""
+    (log,) = data.glob("**/*.incr.aof")
+    reader, written = hiredis.Reader(), []
+    reader.feed(log.read_bytes())
+    while (words := reader.gets()) is not False:
+        written.append((*words,))
+    first = next(i for i, words in enumerate(written) if any(b',"started",' in word for word in words))
+    while written[first] != (b"MULTI",):
+        first -= 1
+    asking.flushall()
+    sent(url, valkey, written[:first], at_once=SLOTS)
+    replies, spent = sent(url, valkey, written[first:], at_once=SLOTS)
+    assert not any(isinstance(reply, Exception) for reply in replies)
+    assert asking.zcard(keys.key(keys.tags(1)[0], "ended")) == TASKS
+    tell(spent, TASKS)
 
 
 class Kept(Exception):
@@ -197,13 +243,26 @@ async def submits(store: Store, valkey: int) -> None:
 async def main(what: str, url: str) -> None:
     with redis.Redis.from_url(url, protocol=2) as asking:
         valkey = asking.info("server")["process_id"]
-    async with open_store(Settings(redis_url=url)) as store:
-        if what == "submits":
-            await submits(store, valkey)
-        elif what == "bare-submits":
-            bare(url, valkey, await submit_shares(store))
-        else:
-            bare(url, valkey, await event_shares(store))
+        data = Path(str(asking.config_get("dir")["dir"]))
+        async with open_store(Settings(redis_url=url)) as store:
+            match what:
+                case "submits":
+                    await submits(store, valkey)
+                case "bare-submits":
+                    bare(url, valkey, await submit_shares(store))
+                case "events":
+                    bare(url, valkey, await event_shares(store))
+                case "runs":
+                    await queued(store)
+                    with measuring(*clocks(valkey)) as spent:
+                        await run(store)
+                    tell(spent, TASKS)
+                case "writes":
+                    await queued(store)
+                    await run(store)
+                    bare_writes(url, valkey, data, asking)
+                case _:
+                    sys.exit(f"No such figure: {what}")
 
 
 if __name__ == "__main__":
