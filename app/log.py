@@ -278,7 +278,7 @@ class Log:
         last = await self.door.read("XREVRANGE", keys.key(tag, "log"), "+", "-", "COUNT", 1)
         if not last:
             return "0-0", 0
-        found = Logged(*last[0])
+        found = logged(*last[0])
         return found.id, found.number
 
     async def tail(self, line: Line, tag: str, after: str) -> "list[Logged]":
@@ -289,7 +289,7 @@ class Log:
         name = keys.key(tag, "log")
         block = int(BLOCK_SECONDS * 1000)
         raw = await line.ask("XREAD", "COUNT", PAGE_ENTRIES, "BLOCK", block, "STREAMS", name, after)
-        return [Logged(*item) for _, entries in raw or () for item in entries]
+        return [logged(*item) for _, entries in raw or () for item in entries]
 
     async def replay(self, tag: str, org: str, after: str, *, limit: int, check: bool = False) -> "LogPage":
         """An organisation's entries of a partition's log, after an id; looks at most at `limit`, and about 1 MiB.
@@ -305,7 +305,7 @@ class Log:
             after=raw[1].decode(),
             number=int(raw[2]),
             scanned=int(raw[3]),
-            entries=[Logged(*item) for item in raw[4]],
+            entries=[logged(*item) for item in raw[4]],
         )
 
 
@@ -322,9 +322,16 @@ class Page(Struct, frozen=True, kw_only=True):
     entries: list[Entry]
 
 
-class Head(Struct, frozen=True, array_like=True, gc=False):
-    """As `lua/commit.lua` writes it."""
+_OVER = TERMINAL | {GONE}
 
+
+class Logged(Struct, array_like=True, eq=False, gc=False):
+    """An entry of a partition's log: the header tells who may want it, before anybody parses the event.
+
+    The header is read into the entry itself; what follows its fields is not of it. Made by `logged`.
+    """
+
+    # As `lua/commit.lua` writes it.
     number: int
     """The partition's dense counter."""
     org: str
@@ -345,52 +352,71 @@ class Head(Struct, frozen=True, array_like=True, gc=False):
     n: int
     queue: str
 
+    id: str = ""
+    event: bytes = b""
+    """As it was encoded."""
+    spelled: dict[Any, tuple[bytes, int]] = {}
+    """What its readers get, by how they want it, and how many frames that is: made once for all of them."""
+    _entry: Entry | None = None
+    _state: Snapshot | None = None
 
-_head = msgspec.json.Decoder(Head).decode
+    @property
+    def head(self) -> "Logged":
+        """To whom the header is all."""
+        return self
 
-
-class Logged:
-    """An entry of a partition's log: the header tells who may want it, before anybody parses the event."""
-
-    __slots__ = ("_after", "_entry", "_event", "ends", "gone", "head", "id", "number", "org", "seq", "spelled", "task")
-
-    def __init__(self, id_: bytes, fields: Sequence[bytes]) -> None:
-        _, head, _, self._event = fields
-        self.id = id_.decode()
-        self.head = told = _head(head)
-        self.number, self.org, self.task, self.seq = told.number, told.org, told.task, told.seq
-        self.gone = told.after is GONE
+    @property
+    def gone(self) -> bool:
         """The task was deleted."""
-        self.ends = told.after in TERMINAL
+        return self.after is GONE
+
+    @property
+    def ends(self) -> bool:
         """The task is over, with this entry or before it."""
-        self.spelled: dict[Any, tuple[bytes, int]] = {}
-        """What its readers get, by how they want it, and how many frames that is: made once for all of them."""
-        self._entry: Entry | None = None
-        self._after: Snapshot | None = None
+        return self.after in TERMINAL
+
+    @property
+    def over(self) -> bool:
+        """Either."""
+        return self.after in _OVER
+
+    @property
+    def at(self) -> int:
+        """As of `Entry`."""
+        return max(self.seconds * 1_000_000 + self.micros, int(self.id.partition("-")[0]) * 1000)
 
     def fold(self, before: Snapshot) -> Snapshot:
         """The state after this entry, which `entry` then holds too; made once for all its readers."""
-        if self._after is None:
-            self._after = apply(before, self.entry)
-            self._entry = replace(self.entry, after=self._after.fields)
-        return self._after
+        if self._state is None:
+            self._state = apply(before, self.entry)
+            self._entry = replace(self.entry, after=self._state.fields)
+        return self._state
 
     @property
     def entry(self) -> Entry:
         if self._entry is None:
-            head = self.head
             self._entry = Entry(
                 id=self.id,
                 task=self.task,
                 seq=self.seq,
-                at=max(head.seconds * 1_000_000 + head.micros, int(self.id.partition("-")[0]) * 1000),
-                fence=head.fence,
-                attempt=head.attempt,
-                n=head.n,
-                event=events.decode(self._event),
-                size=len(self._event),
+                at=self.at,
+                fence=self.fence,
+                attempt=self.attempt,
+                n=self.n,
+                event=events.decode(self.event),
+                size=len(self.event),
             )
         return self._entry
+
+
+_header = msgspec.json.Decoder(Logged).decode
+
+
+def logged(id_: bytes, fields: Sequence[bytes]) -> Logged:
+    _, header, _, event = fields
+    one = _header(header)
+    one.id, one.event = id_.decode(), event
+    return one
 
 
 class Message(Struct, frozen=True, gc=False):

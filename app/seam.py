@@ -414,10 +414,10 @@ class Selection(Struct, frozen=True, kw_only=True):
             one.org == self.org
             and not one.gone
             and (not self.tasks or one.task in self.tasks)
-            and (not self.owners or one.head.owner in self.owners)
-            and (not self.session or one.head.session == self.session)
-            and (not self.agent or one.head.agent == self.agent)
-            and (not self.statuses or one.head.before in self.statuses or one.head.after in self.statuses)
+            and (not self.owners or one.owner in self.owners)
+            and (not self.session or one.session == self.session)
+            and (not self.agent or one.agent == self.agent)
+            and (not self.statuses or one.before in self.statuses or one.after in self.statuses)
         )
 
     @property

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from app import events
 from app.errors import Gone, NotFound
 from app.events import EVENT_BYTES_MAX, AnyEvent, Entry, Submission
-from app.log import Head, Logged, LogPage, Page
+from app.log import Logged, LogPage, Page, logged
 from app.seam import (
     PAGE_BYTES,
     Answer,
@@ -92,37 +92,19 @@ class World:
             task.life += 1
         task.seq += 1
         n = len(log) + 1
-        head = Head(
-            number=n,
-            org=task.org,
-            task=task.id,
-            owner=task.owner,
-            user="",
-            agent="",
-            session="",
-            before=task.status if task.there else NEW,
-            after=after,
-            seq=task.seq,
-            seconds=0,
-            micros=0,
-            type=events.tag(event),
-            fence=0,
-            attempt=0,
-            n=0,
-            queue="default",
-        )
+        before = task.status if task.there else NEW
+        place = [n, task.org, task.id, task.owner, "", "", "", before, after, task.seq]
+        header = msgspec.json.encode([*place, 0, 0, events.tag(event), 0, 0, 0, "default"])
         # Two in each millisecond.
-        one = Logged(
-            b"%d-%d" % (n // 2 + 1, n % 2), [b"head", msgspec.json.encode(head), b"event", events.encode(event)]
-        )
+        one = logged(b"%d-%d" % (n // 2 + 1, n % 2), [b"head", header, b"event", events.encode(event)])
         log.append(one)
         self.lives[one] = (task.org, task.id, task.life)
         task.status = after
         # Not of `one`, which is for readers.
-        before = task.snapshot() if task.states else EMPTY
-        self.folds[one] = fold = apply(before, read(one))
+        state = task.snapshot() if task.states else EMPTY
+        self.folds[one] = fold = apply(state, read(one))
         if self.shared and after is not GONE:
-            one.fold(before)
+            one.fold(state)
         if after is GONE:
             task.entries, task.states, task.base = [], [], None
             self.dead.add(self.lives[one])

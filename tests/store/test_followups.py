@@ -467,8 +467,8 @@ async def test_a_sub_task_is_cancelled_before_it_is_deleted_so_that_its_worker_h
     last, _ = await store.log.end(tag)
     await store.delete("o", "p", children=True)
     raw = await store.door.read("XRANGE", keys.key(tag, "log"), f"({last}", "+")
-    heard = [log.Logged(*item) for item in raw]
-    assert [(one.task, one.head.type) for one in heard] == [("p", "deleted"), ("c", "cancelled"), ("c", "deleted")]
+    heard = [log.logged(*item) for item in raw]
+    assert [(one.task, one.type) for one in heard] == [("p", "deleted"), ("c", "cancelled"), ("c", "deleted")]
 
 
 async def test_a_deletion_that_crashed_goes_on_where_another_process_finds_it(stores: tuple[Store, Store]) -> None:

@@ -143,4 +143,4 @@ async def test_log_and_stream_hold_the_same_entries(store: Store, count: int) ->
         tail = await store.log.tail(redis, tag, "0-0")
     assert [one.entry for one in tail] == (await read(store, "")).entries
     assert [one.number for one in tail] == list(range(1, count + 1))
-    assert (tail[0].head.before, tail[0].head.after, tail[1].head.after) == ("new", "queued", "running")
+    assert (tail[0].before, tail[0].after, tail[1].after) == ("new", "queued", "running")
