@@ -17,7 +17,7 @@ from typing import Protocol
 import structlog
 
 from app.connect import Door
-from app.crowd import Audience, Crowd, Member
+from app.crowd import Audience, Crowd, Member, Outbox
 from app.errors import TaskcastError, Unavailable
 from app.log import Log, Logged, Partitions
 from app.seam import (
@@ -56,6 +56,8 @@ STATE_BATCH = 50
 """Snapshots that are read at once."""
 OFFERED_MAX = 1000
 """Readers offered an entry before others get their turn: one tick of the loop writes to about so many sockets."""
+WAITING_BYTES = 64 * 1024
+"""Taken by crowds and not written yet, before it is: a reader that takes nothing has so much more unsent at most."""
 
 
 class Tail:
@@ -64,6 +66,7 @@ class Tail:
     def __init__(self, door: Door, log: Log, tag: str) -> None:
         self._door, self._log, self._tag = door, log, tag
         self._audiences: dict[tuple[str, str], Audience] = defaultdict(Audience)
+        self._outbox = Outbox()
         self._strands: set[Strand] = set()
         self._watchers: set[Callable[[Logged], None]] = set()
         self._task: asyncio.Task[None] | None = None
@@ -127,7 +130,6 @@ class Tail:
                     while True:
                         found = await self._log.tail(line, self._tag, last[0])
                         came = loop.time()
-                        self._spell(found)
                         offered = 0
                         for one in found:
                             if one.number != last[1] + 1:
@@ -135,9 +137,11 @@ class Tail:
                                 self._replay_all()
                             last = one.id, one.number
                             offered += self._offer(one)
-                            if offered >= OFFERED_MAX:
+                            if offered >= OFFERED_MAX or self._outbox.size >= WAITING_BYTES:
+                                self._outbox.write()
                                 offered = 0
                                 await asyncio.sleep(0)
+                        self._outbox.write()
                         if (early := came + READ_PAUSE_SECONDS - loop.time()) > 0:
                             await asyncio.sleep(early)
             except Unavailable as error:
@@ -161,25 +165,21 @@ class Tail:
         else:
             placed.set_result(None)
 
-    def _spell(self, found: Sequence[Logged]) -> None:
-        """All that one read brought, before any of it is written: in turns the two would push each other's code and data
-        out of the caches (1,000 tasks with a reader each: a seventh of what a delivery costs, measured).
-        """
-        for one in found:
-            if audience := self._audiences.get((one.org, one.task)):
-                audience.spell(one)
-
     def _offer(self, one: Logged) -> int:
         """To how many. Copies: an offer may make a reader leave."""
         audience = self._audiences.get((one.org, one.task))
-        offered = audience.offer(one) if audience else 0
-        for strand in tuple(self._strands):
-            strand.offer(one)
-        for watcher in tuple(self._watchers):
-            watcher(one)
-        return offered + len(self._strands)
+        offered = audience.offer(one, self._outbox) if audience else 0
+        if self._strands:
+            for strand in tuple(self._strands):
+                strand.offer(one)
+                offered += 1
+        if self._watchers:
+            for watcher in tuple(self._watchers):
+                watcher(one)
+        return offered
 
     def _replay_all(self) -> None:
+        self._outbox.write()  # they read on behind it
         for audience in [*self._audiences.values()]:
             audience.lost()
         for strand in tuple(self._strands):

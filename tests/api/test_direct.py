@@ -10,13 +10,15 @@ import pytest
 from app import events
 from app import frames as frames_
 from app import streams as streams_
-from app.crowd import Crowd
+from app.crowd import Crowd, Outbox
 from app.direct import Direct
+from app.hub import WAITING_BYTES
 from app.identity import DEVELOPMENT_KEY
+from app.log import said
 from app.protocol import Kept
 from app.settings import Settings
 from app.store import Store
-from tests.api.serving import Served, served, started, submit
+from tests.api.serving import ORG, Served, served, started, submit
 from tests.api.test_streams import frames, production, seqs, streams_of, turned_away
 from tests.waiting import wait_until
 
@@ -256,6 +258,31 @@ async def test_readers_who_have_caught_up_go_on_together(store: Store, settings:
             assert b'"delta":"together"' not in body
         await wait_until(lambda: store.hub.subscribers == 0, "all have left")
         assert not any(tail._audiences for tail in store.hub._tails.values())
+
+
+async def test_what_one_read_brings_is_written_in_pieces(
+    store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is taken and not written yet is beyond every bound of a reader's backlog."""
+    task, attempt = await started(store)
+    sizes: list[int] = []
+    write = Outbox.write
+
+    def measured(outbox: Outbox) -> None:
+        sizes.append(outbox.size)
+        write(outbox)
+
+    async with raw(server, task) as (reader, _):
+        await wait_until(lambda: all(one.reader.live for one in streams_of(server).open), "it is live")  # type: ignore[attr-defined]
+        await attempt.write("x")
+        await wait_until(lambda: None not in together(server), "it has joined a crowd")
+        monkeypatch.setattr(Outbox, "write", measured)
+        big = said(events.Noted(name="BIG", payload={"x": "y" * 20_000}))
+        await store.extend(ORG, task, [big] * 20, fence=attempt._fence, n=2)
+        for _ in range(20):
+            await reader.readuntil(b"event: BIG\n")
+    assert sum(sizes) > 20 * 20_000
+    assert max(sizes) < WAITING_BYTES + 21_000
 
 
 async def test_who_goes_with_others_gets_a_heartbeat_after_silence_only(store: Store, settings: Settings) -> None:

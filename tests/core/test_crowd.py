@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from app.crowd import Audience, Crowd
+from app.crowd import Audience, Crowd, Outbox
 from app.log import Logged
 from app.seam import Ended, Item, TaskReader
 from tests.core.test_seam import World
@@ -109,6 +109,7 @@ class Scene:
     def __init__(self, readers: int = READERS) -> None:
         self.world = World(1)
         self.audience = Audience()
+        self.outbox = Outbox()
         self.frames = self.bytes = 0
         self.spelling = Numbers()
         self.followers = [Follower(self, self.spelling) for _ in range(readers)]
@@ -127,9 +128,9 @@ class Scene:
         """What is due, to how many."""
         due = self.world.logs[0][self.offered :]
         self.offered += len(due)
-        for one in due:
-            self.audience.spell(one)
-        return sum(self.audience.offer(one) for one in due)
+        offered = sum(self.audience.offer(one, self.outbox) for one in due)
+        self.outbox.write()
+        return offered
 
     def together(self) -> None:
         """All live, and in crowds."""
@@ -195,17 +196,22 @@ def test_a_crowd_looks_at_an_entry_once() -> None:
     assert len({follower.crowd for follower in scene.followers}) == len(scene.audience.crowds) == 1
 
 
-def test_what_is_spelled_ahead_is_neither_told_yet_nor_spelled_again() -> None:
+def test_what_a_crowd_has_taken_is_written_at_last_and_before_anybody_is_offered_more_alone() -> None:
     scene = Scene()
     scene.together()
-    scene.say()
-    (one,) = scene.world.logs[0][scene.offered :]
-    before = scene.spelling.times
-    scene.audience.spell(one)
+    for _ in range(3):
+        scene.say()
+    one, another, third = scene.world.logs[0][scene.offered :]
+    scene.audience.offer(one, scene.outbox)
+    scene.audience.offer(another, scene.outbox)
     assert all(follower.got == [1, 2, 3] for follower in scene.followers)
-    scene.audience.offer(one)
-    assert all(follower.got == [1, 2, 3, 4] for follower in scene.followers)
-    assert scene.spelling.times == before + 1
+    assert scene.outbox.size == 2
+    scene.followers[0].part()
+    scene.audience.offer(third, scene.outbox)
+    assert scene.followers[0].got == [1, 2, 3, 4, 5, 6]
+    scene.outbox.write()
+    assert all(follower.got == [1, 2, 3, 4, 5, 6] for follower in scene.followers)
+    assert scene.outbox.size == 0
 
 
 def test_who_wants_something_else_goes_with_another_crowd() -> None:
