@@ -24,7 +24,7 @@ class Frame(Struct, frozen=True, gc=False):
 
     event: str
     """Empty: the frame has no such line."""
-    data: Json | str
+    data: Json | Struct | str
     """An object, or a text that is written as it is (`[DONE]`)."""
     id: str = ""
     type: str = ""
@@ -44,7 +44,7 @@ def encode(frame: Frame) -> bytes:
     data = frame.data
     text = data.encode() if isinstance(data, str) else _json(data)
     if not (text.isascii() or isinstance(data, str)):  # ten times slower
-        text = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()
+        text = json.dumps(json.loads(text), separators=(",", ":")).encode()
     id_ = f"id: {frame.id}\n" if frame.id else ""
     event = f"event: {frame.event}\n" if frame.event else ""
     return f"{id_}{event}data: ".encode() + text + b"\n\n"
@@ -59,18 +59,24 @@ class Spelling:
         control: Callable[[Gap | Began | Reached | Ended], Frame | None],
         types: frozenset[str],
         chunk: Callable[[bytes], bytes],
+        live: Callable[[Logged], list[Frame]] | None = None,
     ) -> None:
         """`control`'s frames pass every filter; `types` empty: so does all else. `chunk` frames a piece of a body.
 
-        `frames` gets entries with the state after them if their reader folds.
+        `frames` gets entries with the state after them if their reader folds. `live` says the same as `frames`, of an
+        entry that nobody has parsed yet.
         """
         self._frames, self._control, self._types = frames, control, types
+        self._live = live or (lambda one: frames(one.entry))
         self.chunk = chunk
 
     def live(self, one: Logged) -> tuple[bytes, int]:
         """Of an entry whose cursor is its id, chunked, and how many frames that is; empty: the filter leaves nothing."""
-        frames = [encode(frame) for frame in self._frames(one.entry) if not self._types or self._types & frame.types]
-        one.spelled[self] = spelled = (self.chunk(b"".join(frames)) if frames else b"", len(frames))
+        frames = self._live(one)
+        if self._types:
+            frames = [frame for frame in frames if self._types & frame.types]
+        data = encode(frames[0]) if len(frames) == 1 else b"".join(map(encode, frames))
+        one.spelled[self] = spelled = (self.chunk(data) if frames else b"", len(frames))
         return spelled
 
     def body(self, items: Sequence[Item]) -> bytes:

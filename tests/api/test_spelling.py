@@ -9,6 +9,8 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app import errors, events
 from app.answers import clock
@@ -21,6 +23,7 @@ from app.api.shannon.spelling import (
     error_body,
     event_body,
     frame,
+    live,
     refused,
     response,
     submission,
@@ -29,7 +32,9 @@ from app.api.shannon.spelling import (
 )
 from app.errors import Conflict, Invalid, TaskcastError, TooLarge
 from app.events import AnyEvent, Event, Submission
+from app.frames import encode
 from app.identity import Identity
+from app.log import logged
 from app.seam import Ended, Gap
 from app.task import STORED, TERMINAL, Status, Task, task
 from tests.api.lives import ASKING, AT, LIVES, QUESTION, SAMPLES, STARTED, entry, folded
@@ -419,6 +424,55 @@ def test_every_event_is_told_once_in_lists_and_at_least_once_on_streams(event: A
     assert body["timestamp"] == "2025-10-22T10:30:06.000006Z"
     assert (body["seq"], body["stream_id"]) == (7, one.id)
     assert body.get("message", "?") != ""
+
+
+def same_live(event: AnyEvent) -> bool:
+    """Whether who reads it live is told the same as who reads it later."""
+    one = entry(event)
+    place = [1, "org", one.task, "", "", "", "", "running", "running", one.seq, *divmod(one.at, 1_000_000)]
+    header = msgspec.json.encode([*place, events.tag(event), one.fence, one.attempt, one.n, ""])
+    told = live(logged(one.id.encode(), [b"head", header, b"event", events.encode(event)]))
+    return [encode(it) for it in told] == [encode(it) for it in frame(one)] and (
+        [it.types for it in told] == [it.types for it in frame(one)]
+    )
+
+
+@pytest.mark.parametrize("event", SAMPLES, ids=lambda event: type(event).__name__)
+def test_every_event_is_told_live_as_it_is_later(event: AnyEvent) -> None:
+    assert same_live(event)
+
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+
+
+@given(
+    st.sampled_from([events.Noted, events.Thinking, events.AgentStarted, events.AgentCompleted, events.PlanUpdated]),
+    st.sampled_from(["NOTE", *SSE_NAME, *RAW.values()]),
+    st.fixed_dictionaries(
+        {
+            "agent": TEXTS,
+            "message": TEXTS,
+            "payload": st.dictionaries(
+                TEXTS,
+                st.recursive(
+                    TEXTS
+                    | st.none()
+                    | st.booleans()
+                    | st.floats(allow_nan=False, allow_infinity=False)
+                    # So many as JSON's readers agree on.
+                    | st.integers(-(2**53), 2**53),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+                    max_leaves=5,
+                ),
+                max_size=3,
+            ),
+        }
+    ),
+)
+def test_whatever_a_worker_says_is_passed_on_live_as_it_is_later(
+    kind: type[AnyEvent], name: str, fields: dict[str, Any]
+) -> None:
+    assert same_live(msgspec.convert({**fields, "type": events.tag(kind), "name": name}, kind))
 
 
 def test_a_delta_is_a_thread_message_whose_text_the_sdk_can_see() -> None:

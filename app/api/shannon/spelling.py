@@ -26,7 +26,7 @@ from app.errors import Conflict, Invalid, TaskcastError
 from app.events import AnyEvent, Entry, Json, Submission, Usage
 from app.frames import Frame
 from app.identity import Identity
-from app.log import canonical_hash, random_id, task_id_of
+from app.log import Logged, canonical_hash, random_id, task_id_of
 from app.requests import json_of, too_large
 from app.seam import Began, Ended, Gap, Reached, Selection
 from app.task import STORED, Snapshot, Status, Task, task
@@ -443,6 +443,15 @@ RAW: Mapping[type[events.Event], str] = {
 told.
 """
 
+PASSED_ON = {
+    events.tag(kind): RAW.get(kind, "")
+    for kind in (events.Noted, events.Thinking, events.AgentStarted, events.AgentCompleted, events.PlanUpdated)
+}
+"""Activities of which a message and a payload are told, as the worker said them; by our word, as that of `RAW`."""
+
+NOTHING = msgspec.Raw()
+"""No payload: it is left out."""
+
 SSE_NAME = {
     "LLM_PARTIAL": "thread.message.delta",
     "LLM_OUTPUT": "thread.message.completed",
@@ -501,6 +510,55 @@ def _shape(name: str, body: Json, entry: Entry) -> Json:
     if name.startswith("workflow."):
         return {**payload, "workflow_id": entry.task, "agent_id": body["agent_id"], "message": message}
     return body
+
+
+class Words(Struct, gc=False):
+    """What an activity's worker said. The payload stays as it stands in the log: it is the worker's own."""
+
+    name: str = ""
+    agent: str = ""
+    message: str = ""
+    payload: msgspec.Raw = NOTHING
+
+
+class Told(Struct, kw_only=True, omit_defaults=True, gc=False):
+    """The event object of an activity, as `event_body` makes it."""
+
+    workflow_id: str
+    type: str
+    agent_id: str = ""
+    message: str = ""
+    payload: msgspec.Raw = NOTHING
+    timestamp: str
+    seq: int
+    stream_id: str
+
+
+_words = msgspec.json.Decoder(Words).decode
+
+
+def live(one: Logged) -> list[Frame]:
+    """As `frame`. Between the log and a thousand readers of as many tasks an event costs what Python does with it, once
+    for each: so what a dialect only passes on is not made into objects first.
+    """
+    raw = PASSED_ON.get(one.type)
+    if raw is None:
+        return frame(one.entry)
+    said = _words(one.event)
+    raw = raw or said.name
+    if raw in SSE_NAME:
+        return frame(one.entry)
+    told = Told(
+        workflow_id=one.task,
+        type=raw,
+        agent_id=said.agent,
+        message=said.message,
+        payload=said.payload,
+        timestamp=clock(one.at),
+        seq=one.seq,
+        stream_id=one.id,
+    )
+    return [Frame(event=raw, data=told, id=one.id, type=raw)]
 
 
 def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:

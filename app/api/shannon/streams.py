@@ -28,7 +28,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from app import events, metrics
 from app.answers import clock
-from app.api.shannon.spelling import SSE_NAME, control, event_body, frame, statuses
+from app.api.shannon.spelling import SSE_NAME, control, event_body, frame, live, statuses
 from app.errors import Invalid, NotFound, TaskcastError, Unavailable
 from app.events import Entry, Json
 from app.frames import Frame, Spelling, retry, spelling
@@ -227,7 +227,7 @@ async def _stream(request: Request, parse: Callable[[Store], Asked]) -> Response
 
 
 def _spelling(epoch: str, types: frozenset[str], chunk: Callable[[bytes], bytes]) -> Spelling:
-    return spelling(frame, _control(epoch), types, chunk)
+    return spelling(frame, _control(epoch), types, chunk, live)
 
 
 @lru_cache
