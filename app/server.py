@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib.resources import files
 from typing import Any
 
@@ -54,6 +54,8 @@ KEEP_ALIVE_SECONDS = 75
 USER_TIMEOUT_MS = 30_000
 """After which the kernel gives up on a peer that takes nothing, or is gone."""
 CONNECTIONS_WAITING_MAX = 2048
+DATE_SECONDS = 1.0
+"""The resolution of the header that holds it."""
 TICK_SECONDS = 1.0
 FORGET_SECONDS = 60.0
 
@@ -121,9 +123,21 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._grace_seconds, self._streams = settings.grace_seconds, streams
+        self.stopping = asyncio.Event()
 
     def stop(self) -> None:
-        self.force_exit, self.should_exit = self.should_exit, True
+        self.force_exit = self.should_exit
+        self.end()
+
+    def end(self) -> None:
+        self.should_exit = True
+        self.stopping.set()
+
+    async def main_loop(self) -> None:
+        # uvicorn's looks ten times a second whether to stop, and each time a process wakes up its caches are cold.
+        while not await self.on_tick(0):  # writes the date into the headers
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), DATE_SECONDS)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -234,7 +248,7 @@ async def serving(store: Store, settings: Settings, sock: socket.socket) -> Asyn
         if server.started:
             yield server
     finally:
-        server.should_exit = True
+        server.end()
         try:
             await running
         finally:
@@ -302,8 +316,7 @@ async def serve(settings: Settings, *, sock: socket.socket | None = None, ready:
                 logger.info("server.development_key", key=DEVELOPMENT_KEY, reason="embedded store, loopback only")
             if ready:
                 ready(url)
-            while not server.should_exit:
-                await asyncio.sleep(0.05)
+            await server.stopping.wait()
         return 1 if server.force_exit else 0
 
 
