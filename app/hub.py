@@ -50,6 +50,9 @@ RETRY_SECONDS = 0.2
 READ_PAUSE_SECONDS = 0.004
 """Between two reads of a tail, at least: of a busy log each brings several entries then. One that comes alone is not held
 up."""
+READ_MANY = 32
+"""Of a log that brings so many at once the next read brings many, too: a pause would only be one more time to wake up,
+which costs as much as several deliveries (50 writers in step: a fifteenth of all, measured)."""
 REPLAYS = 4
 """Pages that are read for replaying readers at the same time."""
 STATE_BATCH = 50
@@ -142,7 +145,7 @@ class Tail:
                                 offered = 0
                                 await asyncio.sleep(0)
                         self._outbox.write()
-                        if (early := came + READ_PAUSE_SECONDS - loop.time()) > 0:
+                        if len(found) < READ_MANY and (early := came + READ_PAUSE_SECONDS - loop.time()) > 0:
                             await asyncio.sleep(early)
             except Unavailable as error:
                 logger.warning("tail.waiting", partition=self._tag, reason=str(error))
