@@ -133,11 +133,11 @@ class Claims:
                 placed.exception()  # perhaps nobody waits any more, and a failure that nobody reads is reported
 
     def _hear(self, one: Logged) -> None:
-        if one.head.after is Status.QUEUED and one.head.before is not Status.QUEUED:
-            self._wake(one.org, (one.head.queue,))
+        if one.after is Status.QUEUED and one.before is not Status.QUEUED:
+            self._wake(one.org, (one.queue,))
         fence, over = self._held.get((one.org, one.task), (0, None))
         # A claim may be faster than the log: what came before it is heard after it.
-        if over and (one.head.fence > fence or (one.head.fence == fence and one.head.after is not Status.RUNNING)):
+        if over and (one.fence > fence or (one.fence == fence and one.after is not Status.RUNNING)):
             over(one)
 
     def _wake(self, org: str, queues: Iterable[str]) -> None:

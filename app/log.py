@@ -361,11 +361,6 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
     _state: Snapshot | None = None
 
     @property
-    def head(self) -> "Logged":
-        """To whom the header is all."""
-        return self
-
-    @property
     def gone(self) -> bool:
         """The task was deleted."""
         return self.after is GONE

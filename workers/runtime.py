@@ -514,12 +514,12 @@ class Worker:
     def _hear(self, one: Logged) -> None:
         """An entry of the partition's log; most are not about a task of ours."""
         attempt = self._held.get((one.org, one.task))
-        if attempt is None or one.head.fence < attempt.claimed.fence or one.head.n:
+        if attempt is None or one.fence < attempt.claimed.fence or one.n:
             return
-        if one.head.fence > attempt.claimed.fence:
+        if one.fence > attempt.claimed.fence:
             attempt.lose(TAKEN)
-        elif one.head.before is not one.head.after:
-            attempt.hear(one.head.after, one.seq)
+        elif one.before is not one.after:
+            attempt.hear(one.after, one.seq)
 
     def _keep(self, attempt: Attempt, until: float) -> None:
         """The lease lives until then, on the event loop's clock; unless kept again, the attempt is over then."""
