@@ -269,14 +269,20 @@ class Worker:
 
     async def _room(self) -> int:
         """How many slots are free, once one is. While more tasks wait: once half of them are, or GATHER_SECONDS after."""
-        loop = asyncio.get_running_loop()
         until: asyncio.TimerHandle | None = None
+        waited = False
+
+        def enough() -> None:
+            nonlocal waited
+            waited = True
+            self._freed.set()
+
         while not self._stop.is_set():
             free = self._slots - len(self._runners)
-            if free >= (self._share if self._more else 1) or (until and until.when() <= loop.time()):
+            if free >= (self._share if self._more else 1) or (free and waited):
                 break
             if free and not until:
-                until = loop.call_later(GATHER_SECONDS, self._freed.set)
+                until = asyncio.get_running_loop().call_later(GATHER_SECONDS, enough)
             self._freed.clear()
             await self._freed.wait()
         if until:

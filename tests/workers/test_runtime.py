@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import msgspec
 import pytest
+import uvloop
 from msgspec import Struct
 from pydantic import BaseModel, Field
 
@@ -1464,3 +1465,31 @@ def test_an_error_without_text_is_its_name() -> None:
     assert sentence(Conflict("x")) == "Conflict: x"
     assert sentence(OutOfOrder("y")) == "OutOfOrder: y"
     assert sentence(Invalid("z")) == "Invalid: z"
+
+
+def test_a_worker_fills_its_last_slots_too(tmp_path: Path) -> None:
+    """On the loop of production, whose clock is coarser than its timers, and often: it once waited for ever in one of five."""
+    running = 0
+    go = asyncio.Event()
+
+    @task("default")
+    async def holds(_: Task, __: Context) -> None:
+        nonlocal running
+        running += 1
+        await go.wait()
+        running -= 1
+
+    async def rounds() -> None:
+        async with opened(tmp_path) as store:
+            bench = Bench(store)
+            async with bench.work(holds, slots=10):
+                for _ in range(12):
+                    go.clear()
+                    ids = await asyncio.gather(*(bench.submit() for _ in range(12)))
+                    await wait_until(lambda: running == 10, "all slots are taken")
+                    go.set()
+                    for id_ in ids:
+                        await bench.until(id_, Status.COMPLETED)
+                    await wait_until(lambda: running == 0, "all have ended")
+
+    uvloop.run(rounds())
