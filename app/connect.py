@@ -36,9 +36,7 @@ BLOCK_SECONDS = 5.0
 READ_BYTES = 256 * 1024
 """Of replies, at once."""
 SHARES_MAX = 32
-"""In one call. More cost hardly less each, and the store and who asks it would take turns instead of working at the same
-time.
-"""
+"""In one call. More cost hardly less each."""
 
 
 READ_ONLY, ALLOW_OOM = " flags=no-writes", " flags=allow-oom"
@@ -121,7 +119,10 @@ class Door:
         asked for at the same time share a call if their heads are equal, and their weights, parts of what a call may
         hold, are at most 1 together. Raises Unavailable, Full.
         """
-        return await self._ask(self._fast, Share(script(name).sha, key, head, args, weight), repeat=repeat)
+        # What does not fit into the next call takes the other lane: on one, the store and who asks it would take turns
+        # instead of working at the same time (100 tasks' events in a worker: 7,000 a second, and 13,000 so; measured).
+        lane = self._fast if self._fast.waiting < SHARES_MAX else self._slow
+        return await self._ask(lane, Share(script(name).sha, key, head, args, weight), repeat=repeat)
 
     async def load(self) -> None:
         """Gives the server all scripts."""
@@ -272,6 +273,11 @@ class Lane:
         self._asked: list[Asked] = []
         self._trip: asyncio.Task[None] | None = None
         self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Asked, and not sent yet."""
+        return len(self._asked)
 
     def ask(self, command: Command) -> asyncio.Future[Any]:
         """Raises Invalid for text that is not UTF-8: it must not spoil the others' trip."""

@@ -230,9 +230,7 @@ class Dispatch(Response):
         self._held[one.task] = one
         self._sent += 1
         # The worker's own end of a task is restated, and its slot is free; nobody else's end reaches its handler.
-        self._claims.hold(
-            one, lambda entry: self._over(one, waiter, freed=entry.type == events.tag(events.Restated))
-        )
+        self._claims.hold(one, lambda entry: self._over(one, waiter, freed=entry.type == events.tag(events.Restated)))
 
     def _over(self, one: Claimed, waiter: Waiter, *, freed: bool) -> None:
         self._claims.drop(one)
