@@ -132,8 +132,9 @@ class Door:
 
     async def _ask(self, lane: "Lane", command: "Command", *, repeat: bool) -> Any:
         until = time.monotonic() + REPEAT_SECONDS
-        pause, loads, again = 0.02, self._loads, False
+        pause, again = 0.02, False
         while True:
+            loads = self._loads
             try:
                 return await lane.ask(command)
             except exceptions.NoScriptError:  # a restarted server: it has not run anything
@@ -323,6 +324,8 @@ class Lane:
 
     def _tell(self, call: Sequence[Asked], answer: Any) -> None:
         shared = isinstance(call[0][0], Share) and not isinstance(answer, Exception)
+        if shared and len(answer) != len(call):
+            shared, answer = False, RuntimeError(f"A script answered {len(answer)} of {len(call)}.")
         for (command, future), one in zip(call, answer if shared else [answer] * len(call), strict=True):
             if future.done():  # whoever asked has left
                 continue

@@ -134,17 +134,19 @@ class Tail:
                         found = await self._log.tail(line, self._tag, last[0])
                         came = loop.time()
                         offered = 0
-                        for one in found:
-                            if one.number != last[1] + 1:
-                                logger.warning("tail.hole", partition=self._tag, after=last[1], got=one.number)
-                                self._replay_all()
-                            last = one.id, one.number
-                            offered += self._offer(one)
-                            if offered >= OFFERED_MAX or self._outbox.size >= WAITING_BYTES:
-                                self._outbox.write()
-                                offered = 0
-                                await asyncio.sleep(0)
-                        self._outbox.write()
+                        try:
+                            for one in found:
+                                if one.number != last[1] + 1:
+                                    logger.warning("tail.hole", partition=self._tag, after=last[1], got=one.number)
+                                    self._replay_all()
+                                last = one.id, one.number
+                                offered += self._offer(one)
+                                if offered >= OFFERED_MAX or self._outbox.size >= WAITING_BYTES:
+                                    self._outbox.write()
+                                    offered = 0
+                                    await asyncio.sleep(0)
+                        finally:  # whatever a watcher does: it is counted as written
+                            self._outbox.write()
                         if len(found) < READ_MANY and (early := came + READ_PAUSE_SECONDS - loop.time()) > 0:
                             await asyncio.sleep(early)
             except Unavailable as error:

@@ -367,15 +367,19 @@ class Waiting:
             popped, raw = await line.trip([self._pop(tag), command])
         except Exception as error:
             # Did it come to the claim? The same name tells; a claim of no tasks takes none.
-            if claimed := await queues.claim_as(name, started, 0, queues.lease_ms, ""):
-                return claimed
+            with suppress(TimeoutError):
+                async with asyncio.timeout(STOP_SECONDS if self._ended else None):
+                    if claimed := await queues.claim_as(name, started, 0, queues.lease_ms, ""):
+                        return claimed
             raise in_our_words(error) from error
         if isinstance(raw, NoScriptError):  # a restarted server
             return await queues.claim_as(name, started, free, queues.lease_ms, "")
-        for answer in (popped, raw):
-            if isinstance(answer, Exception):
-                raise in_our_words(answer)
-        return _claimed(raw)
+        if isinstance(raw, Exception):
+            raise in_our_words(raw)
+        claimed = _claimed(raw)
+        if isinstance(popped, Exception) and not claimed:  # the claim behind a refused wait is run all the same
+            raise in_our_words(popped)
+        return claimed
 
     async def _wait(self) -> None:
         for tag, line in self._lines.items():

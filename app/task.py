@@ -423,8 +423,8 @@ def rows(event: AnyEvent, only: Collection[str] = ()) -> bytes:
 
 
 def parts(event: AnyEvent, only: Collection[str] = ()) -> tuple[bytes, list[str]]:
-    """`rows` in two parts: without what the event sets, which is often the same and therefore at hand, and the fields
-    that it sets in each status, name and value in turn.
+    """`rows` in two parts: without what the event sets, and the fields that it sets in each status, name and value in
+    turn. The first is often the same and therefore at hand, but not of events with usage, times or a guard.
     """
     if type(event) in CONSTANT:
         return _constant_rows(type(event), (*only,)), []

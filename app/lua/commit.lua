@@ -82,20 +82,20 @@ local function row(rows, status)
   return nil
 end
 
--- The lists that a task stands in: below `base` as a whole, and by each of `kinds` that it has a value for.
--- A session is its owner's: two users may use one session id.
-local function indexes_of(fields, base, kinds)
+-- The lists below `base` (of all tasks, or of those in one status) that a task stands in together with many others.
+local function indexes_of(fields, base)
   local owner = fields.owner or ''
   local names = { key('index', base), key('index', base .. ':owner:' .. owner) }
-  for _, kind in ipairs(kinds) do
-    local value = fields[kind]
-    if value and kind == 'session' then value = owner .. ':' .. value end
-    if value then names[#names + 1] = key('index', base .. ':' .. kind .. ':' .. value) end
+  for _, kind in ipairs({ 'agent', 'user' }) do
+    if fields[kind] then names[#names + 1] = key('index', base .. ':' .. kind .. ':' .. fields[kind]) end
   end
   return names
 end
 
-local function task_indexes_of(fields, org) return indexes_of(fields, org, { 'agent', 'user', 'session' }) end
+-- And that of its session, which often is its own. A session is its owner's: two users may use one session id.
+local function session_index_of(fields, base)
+  return key('index', base .. ':session:' .. (fields.owner or '') .. ':' .. fields.session)
+end
 
 local function family_indexes_of(fields, org)
   local names = {}
@@ -105,11 +105,11 @@ local function family_indexes_of(fields, org)
   return names
 end
 
-local function status_indexes_of(fields, org, status)
-  return indexes_of(fields, org .. ':status:' .. status, { 'agent', 'user', 'session' })
-end
+local function in_status(org, status) return org .. ':status:' .. status end
 
-local function waiting_indexes_of(fields, org) return indexes_of(fields, org .. ':waiting', {}) end
+local function waiting_indexes_of(fields, org)
+  return { key('index', org .. ':waiting'), key('index', org .. ':waiting:owner:' .. (fields.owner or '')) }
+end
 
 local function internal_index_of(org, value) return key('index', org .. ':internal:' .. value) end
 
@@ -135,7 +135,7 @@ local function touch_sets(names)
 end
 
 -- What this call owes to sorted sets and to the partition's counters: paid at its end, and before it looks at a task
--- again, in one command per key however many tasks it is about.
+-- again, in one command per list and kin however many tasks it is about.
 local OWED_MAX = 1000 -- writes; Lua passes at most 8,000 words to a command
 local owed, entries, entry_bytes
 local function owe_nothing() owed = { add = {}, remove = {}, moves = {}, count = {}, tasks = {}, writes = 0 } end
@@ -174,17 +174,19 @@ local function quoted(text)
   return string.find(text, '[%c"\\]') and cjson.encode(text) or '"' .. text .. '"'
 end
 
--- What the tasks have in common that one owner's agent has in a queue: made once per call.
+-- What tasks of the same owner, user, agent and queue have in common: made once per call.
 local kins = {}
 local function kin_of(org, f)
-  local owner, user, agent, session, queue = f.owner or '', f.user or '', f.agent or '', f.session or '', f.queue or ''
-  local sign = org .. '\0' .. owner .. '\0' .. user .. '\0' .. agent .. '\0' .. session .. '\0' .. queue
+  local owner, user, agent, queue = f.owner or '', f.user or '', f.agent or '', f.queue or ''
+  local sign = org .. '\0' .. owner .. '\0' .. user .. '\0' .. agent .. '\0' .. queue
   local kin = kins[sign]
-  if not kin then
+  -- Names may hold what parts them.
+  if not kin or kin.user ~= user or kin.agent ~= agent then
     kin = {
+      user = user, agent = agent, moves = {},
       ready = key('ready', queue), ready_of = key('ready-of', org .. ':' .. queue), wake = key('wake', queue),
-      head = ',' .. quoted(owner) .. ',' .. quoted(user) .. ',' .. quoted(agent) .. ',' .. quoted(session) .. ',"',
-      org = ',' .. quoted(org) .. ',', queue = ',' .. quoted(queue) .. ']', moves = {},
+      org = ',' .. quoted(org) .. ',', queue = ',' .. quoted(queue) .. ']',
+      head = ',' .. quoted(owner) .. ',' .. quoted(user) .. ',' .. quoted(agent) .. ',',
     }
     kins[sign] = kin
   end
@@ -196,11 +198,11 @@ local function move_of(kin, org, fields, from, to)
   local name = from .. '>' .. to
   local move = kin.moves[name]
   if not move then
-    move = { join = status_indexes_of(fields, org, to), leave = {}, scored = {}, ids = {} }
+    move = { join = indexes_of(fields, in_status(org, to)), leave = {}, scored = {}, ids = {} }
     if from == 'new' then
-      for _, list in ipairs(task_indexes_of(fields, org)) do move.join[#move.join + 1] = list end
+      for _, list in ipairs(indexes_of(fields, org)) do move.join[#move.join + 1] = list end
     else
-      move.leave = status_indexes_of(fields, org, from)
+      move.leave = indexes_of(fields, in_status(org, from))
     end
     touch_sets(move.join)
     touch_sets(move.leave)
@@ -232,10 +234,18 @@ local function prepare_mark(plan, task)
   end
 end
 
--- The lists that hold few tasks, one at a time.
+-- The lists that hold few tasks.
 local function prepare_lists(plan)
   local org, before, after, join, leave = plan.org, plan.fields, plan.after, {}, {}
   if plan.new then join = family_indexes_of(after, org) end
+  if plan.move and after.session then
+    join[#join + 1] = session_index_of(after, in_status(org, after.status))
+    if plan.new then
+      join[#join + 1] = session_index_of(after, org)
+    else
+      leave[1] = session_index_of(before, in_status(org, before.status))
+    end
+  end
   if after.internal_status ~= before.internal_status then
     if after.internal_status then join[#join + 1] = internal_index_of(org, after.internal_status) end
     if before.internal_status then leave[#leave + 1] = internal_index_of(org, before.internal_status) end
@@ -303,7 +313,8 @@ local function prepare(plan)
   if after.status ~= before.status then
     plan.move = move_of(plan.kin, org, after, before.status or 'new', after.status)
   end
-  if plan.new or after.internal_status ~= before.internal_status or after.waits ~= before.waits then
+  if plan.new or (plan.move and after.session) or after.internal_status ~= before.internal_status
+    or after.waits ~= before.waits then
     prepare_lists(plan)
   end
   local lists = {}
@@ -374,7 +385,6 @@ local function write_text(plan, set)
       redis.call('DEL', plan.text)
       redis.call('HDEL', plan.task, 'text_agent')
       plan.after.text_agent = false
-    plan.after.text_agent = false
     end
   end
 end
@@ -390,7 +400,8 @@ local function log_entry(plan, before, after)
   end
   entries = entries + 1
   -- One text: readers look at the header of every entry, and seventeen fields would cost them more than all the rest.
-  local head = '[' .. digits(entries) .. kin.org .. quoted(plan.id) .. kin.head .. before .. '","' .. after .. '",'
+  local head = '[' .. digits(entries) .. kin.org .. quoted(plan.id) .. kin.head
+    .. (f.session and quoted(f.session) or '""') .. ',"' .. before .. '","' .. after .. '",'
     .. plan.seq_text .. ',' .. seconds .. ',' .. micros .. ',"' .. plan.type .. '",' .. f.fence .. ','
     .. f.attempt .. ',' .. (plan.n == '' and '0' or plan.n) .. kin.queue
   local id = redis.call('XADD', LOG, 'MAXLEN', '=', LOG_ENTRIES, '*', 'head', head, 'event', plan.event)

@@ -18,9 +18,10 @@ local spent = redis.call('HMGET', plan.task, 'input_tokens', 'output_tokens', 'c
 local grave = key('tombstone', org .. ':' .. id)
 local lists, sets = {}, { key('leases'), key('due'), key('ended') }
 for _, names in ipairs({
-  task_indexes_of(fields, org),
+  indexes_of(fields, org),
+  indexes_of(fields, in_status(org, fields.status)),
   family_indexes_of(fields, org),
-  status_indexes_of(fields, org, fields.status),
+  fields.session and { session_index_of(fields, org), session_index_of(fields, in_status(org, fields.status)) } or {},
   fields.waits and waiting_indexes_of(fields, org) or {},
   fields.internal_status and { internal_index_of(org, fields.internal_status) } or {},
 }) do

@@ -1,8 +1,9 @@
 """The snapshot in Redis is the fold of the task's stream, whatever happened to the task, in whatever order."""
 
 import asyncio
+import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import count
@@ -18,9 +19,9 @@ from msgspec.structs import replace
 
 from app import events, keys
 from app.embedded import Embedded
-from app.errors import Conflict, TooLarge
+from app.errors import Conflict, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission, Usage
-from app.log import Message
+from app.log import Message, logged, said
 from app.seam import Ended, Gap
 from app.settings import Settings
 from app.store import Store, open_store
@@ -394,3 +395,78 @@ async def dump(store: Store) -> dict[str, object]:
             case _:
                 pass
     return content
+
+
+def _said(rng: random.Random, i: int) -> AnyEvent:
+    """Of a worker."""
+    choice: list[AnyEvent] = [
+        events.TextDelta(text="hi", agent=rng.choice(["", "a", "b"])),
+        events.Noted(name="NOTE"),
+        events.Progressed(fraction=0.5),
+        events.ToolCalled(tool="x"),
+        events.TextCompleted(text="t", agent="a", usage=Usage(input_tokens=1)),
+        events.Paused(),
+        events.ApprovalRequested(approval=f"a{i}", reason="?"),
+        events.Completed(result="r", usage=Usage(input_tokens=2)),
+        events.Requeued(),
+        events.Failed(error="e"),
+    ]
+    return rng.choice(choice)
+
+
+def _asked(rng: random.Random, i: int) -> AnyEvent:
+    """Of others."""
+    choice: list[AnyEvent] = [
+        events.PauseAsked(),
+        events.Resumed(),
+        events.Cancelled(),
+        events.Continued(query="c", submission=f"c{i}", queue=rng.choice(["", "q2"]), deadline_seconds=900),
+        events.Retried(),
+        events.TimedOut(),
+        events.Restated(internal_status=rng.choice(["", "i1", "i2"])),
+        events.Restated(to=rng.choice(["running", "completed", "paused"]), result="z"),
+        events.LeaseLost(),
+    ]
+    return rng.choice(choice)
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_many_tasks_steps_share_calls_leave_is_the_fold_of_the_log(
+    settings: Settings, seed: int
+) -> None:
+    rng = random.Random(seed)
+    fences: dict[str, int] = {}
+    refused: set[type[Exception]] = set()
+    async with open_store(settings.model_copy(update={"events_per_mark": 10, "lease_seconds": 60})) as store:
+
+        def step(i: int) -> Coroutine[Any, Any, object]:
+            id_, kind = f"t{rng.randrange(12)}", rng.random()
+            if kind < 0.15:
+                more: dict[str, Any] = {"user": rng.choice(["", "p", "p\0a"]), "agent": rng.choice(["a", "a\0b", "b"])}
+                more |= {"session": rng.choice(["", "s1", "s2"]), "parent": rng.choice(["", "t0"])}
+                task = Submission(id=id_, org="o", owner=rng.choice("uv"), query="?", submission=f"x{i}", **more)
+                return store.submit(task)
+            if kind < 0.18:
+                return store.delete("o", id_)
+            if kind < 0.75 and id_ in fences:
+                batch = [said(_said(rng, i)) for _ in range(rng.randint(1, 4))]
+                return store.extend("o", id_, batch, fence=fences[id_], n=rng.randint(1, 5))
+            return store.append("o", id_, _asked(rng, i))
+
+        for turn in range(60):
+            steps = [step(100 * turn + i) for i in range(rng.randint(1, 60))]
+            for outcome in await asyncio.gather(*steps, return_exceptions=True):
+                for one in outcome if isinstance(outcome, list) else [outcome]:
+                    if isinstance(one, Exception):
+                        assert isinstance(one, TaskcastError), one
+                        refused.add(type(one))
+            if turn % 2:
+                fences |= {one.task: one.fence for one in await store.claim(["default", "q2"], "w", rng.randint(1, 8))}
+            if turn % 10 == 9:
+                assert [damage async for damage in store.snapshots.verify()] == []
+        (tag,) = store.partitions.tags
+        entries = await store.door.read("XRANGE", keys.key(tag, "log"), "-", "+")
+        numbers = [logged(*one).number for one in entries]
+        assert numbers == [*range(1, len(numbers) + 1)]
+        assert len(numbers) > 300
+        assert refused >= {Conflict, Stale}

@@ -1,6 +1,8 @@
 """Queues: who gets what, for how long, and what follows when a worker falls silent."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -293,6 +295,28 @@ async def test_a_wait_that_the_store_refuses_says_so(store: Store, kind: str) ->
     async with store.queues.waiting({"default": 0}, "w") as wait:
         with pytest.raises(ResponseError, match="WRONGTYPE"):
             await wait.claim(2)
+
+
+async def test_what_is_claimed_behind_a_refused_wait_is_not_forgotten(store: Store) -> None:
+    await submit(store, "t")
+    (tag,) = store.partitions.tags
+    await store.door.call("DEL", keys.key(tag, "wake", "default"))
+    await store.door.call("SET", keys.key(tag, "wake", "default"), "no list")
+    async with store.queues.waiting({"default": 0}, "w") as wait:
+        assert [one.task for one in await wait.claim(2)] == ["t"]
+
+
+async def test_a_frozen_store_holds_up_no_stop(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.connect.TIMEOUT_SECONDS", 3600)
+    pid = int((await store.door.read("INFO", "server"))["process_id"])
+    async with waiting(store, monkeypatch) as (wait, claiming):
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await wait.end()
+            with pytest.raises(Unavailable):
+                await claiming
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 async def test_wake_tokens_that_nobody_takes_are_bounded(store: Store) -> None:
