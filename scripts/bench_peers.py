@@ -121,6 +121,40 @@ async def xread(url: str, fd: str) -> None:
     await server.serve_forever()
 
 
+# The practical limit in Python of many tasks: one reader of Taskcast's own log, which passes each entry's event on as it
+# stands there, to the client that asked for /<its task>. It knows no organisation, filter, cursor, hole or end.
+
+
+class Follower(asyncio.Protocol):
+    writes: ClassVar[dict[bytes, Callable[[bytes], None]]] = {}
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(HEAD)
+        Follower.writes[data.split(b" ", 2)[1][1:]] = self.transport.write
+
+
+async def bare_loop(url: str, log: str, fd: str) -> None:
+    from app.connect import Door  # noqa: PLC0415 (as below)
+    from app.hub import READ_PAUSE_SECONDS  # noqa: PLC0415
+
+    loop = asyncio.get_running_loop()
+    await loop.create_server(Follower, sock=socket.socket(fileno=int(fd)), backlog=2048)
+    last = b"0"
+    async with Door(url).blocking() as line:
+        while True:
+            read = ("XREAD", "COUNT", 500, "BLOCK", BLOCK_SECONDS * 1000, "STREAMS", log, last)
+            answer = await line.ask(*read)
+            found = answer[0][1] if answer else []
+            came = loop.time()
+            for last, (_, head, _, event) in found:
+                if write := Follower.writes.get(head.split(b'"', 4)[3]):
+                    write(b"id: %s\nevent: TICK\ndata: %s\n\n" % (last, event))
+            await asyncio.sleep(max(0, came + READ_PAUSE_SECONDS - loop.time()))
+
+
 # Taskcast's own application, by a server that lends streams no connection.
 
 
@@ -164,6 +198,7 @@ PEERS: dict[str, Callable[..., Coroutine[Any, Any, None]]] = {
     "sse-starlette": sse_starlette,
     "transport.write": transport_write,
     "xread": xread,
+    "bare-loop": bare_loop,
     "portable": portable,
     "wake": wake,
     "wake-asyncio": wake_asyncio,

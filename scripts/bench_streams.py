@@ -413,18 +413,22 @@ async def settled(process: Process) -> None:
 
 
 async def many_tasks(bench: Bench) -> Section:
-    """1,000 tasks with one subscriber each, 50 concurrent writers."""
+    """1,000 tasks with one subscriber each, 50 concurrent writers; bare loop: reads the log and writes, and does no more."""
     section = Section()
 
-    async def measure(folder: Path, *, direct: bool) -> Figures:
+    async def measure(folder: Path, *, name: str) -> Figures:
         async with tasks(folder, SUBSCRIBERS) as held:
-            if direct:
-                process, (port,) = peer("xread", folder, held.store.door.url)
-                tag = held.store.partitions.tag(DEVELOPMENT_ORG, TASK)
-                path = f"/{keys.key(tag, 'events', DEVELOPMENT_ORG, TASK)}"
-            else:
-                process, port = api(folder)
-                path = stream_path(TASK)
+            tag, url = held.store.partitions.tag(DEVELOPMENT_ORG, TASK), held.store.door.url
+            match name:
+                case "taskcast":
+                    process, port = api(folder)
+                    path = stream_path(TASK)
+                case "bare-loop":
+                    process, (port,) = peer(name, folder, url, keys.key(tag, "log"))
+                    path = f"/{TASK}"
+                case _:
+                    process, (port,) = peer(name, folder, url)
+                    path = f"/{keys.key(tag, 'events', DEVELOPMENT_ORG, TASK)}"
             with process:
                 async with Load(compiled_load(bench.folder)) as load:
                     await load.open(SUBSCRIBERS, port, path)
@@ -439,7 +443,8 @@ async def many_tasks(bench: Bench) -> Section:
                         await load.got()
                     return figures(spent, await load.report(), SUBSCRIBERS * EVENTS_PER_TASK)
 
-    sides = {"taskcast": partial(measure, direct=False), "XREAD per client": partial(measure, direct=True)}
+    names = {"taskcast": "taskcast", "XREAD per client": "xread", "bare loop": "bare-loop"}
+    sides = {side: partial(measure, name=name) for side, name in names.items()}
     found = await interleaved(bench, section, "many-tasks", sides)
     name = "CPU per delivery, 1,000 tasks, vs XREAD BLOCK per client"
     section.goals = [goal(found, name, 0.2, "taskcast", "XREAD per client", "server_us_per_delivery")]
