@@ -58,6 +58,8 @@ class Attempt:
     """Interrupted because the worker stops: the task is to be given back."""
     late = False
     """Interrupted because its function's timeout has passed."""
+    abandoned = False
+    """Its worker is cancelled: nothing more is to be said of it."""
     until = float("inf")
     """When its lease ends, on the event loop's clock, unless it is kept."""
     refused = 0
@@ -67,6 +69,8 @@ class Attempt:
     """Called when a running handler is interrupted: who then waits for its end, and says what came of it."""
     timer: asyncio.TimerHandle | None = None
     """Its function's timeout."""
+    _ended = False
+    """The handler has ended by itself."""
     _n = 0
     _unsent = 0
     _sending: asyncio.Task[Any] | None = None
@@ -142,7 +146,14 @@ class Attempt:
 
     def end(self) -> None:
         """The handler has ended by itself: it has no more to say."""
+        self._ended = True
         self.interrupted.set_result(None)
+
+    def abandon(self) -> None:
+        """Cancels the handler, and nobody says what came of it."""
+        self.abandoned = True
+        self.see_off = None
+        self.interrupt()
 
     def drain(self) -> None:
         """The worker is about to stop: a handler that waits for the end of a pause is stopped now, others go on."""
@@ -183,15 +194,18 @@ class Attempt:
         self._hand_over_text()
         answers = [self._put(event) for event in last]
         if self._sending is None:
-            self._sending = this = asyncio.current_task()
+            self._sending = asyncio.current_task()
             try:
                 await self._send()
             except asyncio.CancelledError:
-                if not (self.lost and this):
-                    raise
-                this.uncancel()  # it was `lose`, which has given its reason to those who wait
+                if not self.lost:  # else it was `lose`, which has given its reason to those who wait
+                    if not self._deaf:
+                        raise
+                    self._send_apart()
+                uncancel()
         for answer in answers:
-            await answer
+            await self.outlast(answer)
+            answer.result()
 
     async def write(self, agent: str, text: str) -> None:
         """A piece of text. Returns at once, unless the store is slow. Raises Over, Invalid, and TooLarge, perhaps for
@@ -225,11 +239,29 @@ class Attempt:
     async def settle(self) -> None:
         """Until the store has answered for all that was said. Raises Over, and what text came to."""
         self._hand_over_text()
-        if self._last and not self._last.done():
-            await asyncio.wait([self._last])
+        if self._last:
+            await self.outlast(self._last)
         self._raise_text_error()
         if self.lost:
             raise Over(self.lost)
+
+    async def outlast(self, wanted: "asyncio.Future[Any]") -> None:
+        """Until it is done; for the last words of a handler that ended by itself although their task is cancelled.
+
+        It is the handler's own task, for which a timer or a child of the handler may have a cancel left. That must not
+        cost the outcome.
+        """
+        while not wanted.done():
+            try:
+                await asyncio.wait([wanted])
+            except asyncio.CancelledError:
+                if not self._deaf:
+                    raise
+                uncancel()
+
+    @property
+    def _deaf(self) -> bool:
+        return self._ended and not self.abandoned
 
     async def give_back(self, event: events.Requeued) -> None:
         """Without a number: for an attempt whose numbers the store no longer knows. Harmless when repeated."""
@@ -261,8 +293,11 @@ class Attempt:
     def _hand_over(self, event: AnyEvent) -> "asyncio.Future[Appended]":
         answer = self._put(event)
         if self._sending is None:
-            self._sending = asyncio.create_task(self._send(), name=f"events of {self.claimed.task}")
+            self._send_apart()
         return answer
+
+    def _send_apart(self) -> None:
+        self._sending = asyncio.create_task(self._send(), name=f"events of {self.claimed.task}")
 
     def _put(self, event: AnyEvent) -> "asyncio.Future[Appended]":
         """Behind what was said before; somebody has to send it."""
@@ -386,6 +421,13 @@ class Attempt:
             await self.store.append(
                 claimed.org, claimed.task, events.Noted(actor=self._actor, name="WARNING", message=message)
             )
+
+
+def uncancel() -> None:
+    """The current task goes on as if never cancelled: timeouts and task groups look at the count."""
+    this = asyncio.current_task()
+    while this and this.uncancel():
+        pass
 
 
 def _fail(answer: "asyncio.Future[Appended]", error: Exception) -> None:

@@ -33,7 +33,7 @@ from app.queues import WOKEN_MAX, Claimed, Waiting, again
 from app.schema import misfit
 from app.store import Store
 from app.task import TERMINAL, Status, Task
-from workers.attempt import GONE, LEASE, LOST, TAKEN, Attempt, Over
+from workers.attempt import GONE, LEASE, LOST, TAKEN, Attempt, Over, uncancel
 from workers.context import Context, Failed
 from workers.handlers import Handler, Result, by_queue, sentence, short
 
@@ -148,6 +148,8 @@ async def _cancelled_itself() -> BaseException | None:
         await asyncio.sleep(0)
     except asyncio.CancelledError as error:
         return error
+    finally:
+        uncancel()
     return None
 
 
@@ -227,12 +229,14 @@ class Worker:
                 rounds = [group.create_task(ticker(self._store)), group.create_task(self._renew())]
                 claiming = group.create_task(self._claim())
                 await self._stop.wait()
+                # Handlers hear of it at once, even from a store that hangs.
+                draining = group.create_task(self._drain(claiming))
                 # Not cut off: what the store has handed out must be known here.
                 self._freed.set()
                 if self._waiting:
                     await self._waiting.end()
                 await claiming
-                await self._drain()
+                await draining
                 for one in rounds:
                     one.cancel()
         finally:
@@ -374,8 +378,7 @@ class Worker:
     async def _abandon(self) -> None:
         """Cancels what still runs. Nothing is said of it."""
         for attempt in self._held.values():
-            attempt.see_off = None
-            attempt.interrupt()
+            attempt.abandon()
         for runner in self._runners:
             runner.cancel()
         await asyncio.sleep(0)  # each hears of it; none is waited for, for it may be deaf
@@ -400,7 +403,8 @@ class Worker:
         attempt.end()
         try:
             if attempt.work and attempt.work.cancelling():
-                error = error or await _cancelled_itself()
+                late = await _cancelled_itself()
+                error = error or late
             await self._until_said(attempt, self._tell(attempt, handler, context, result, error))
         finally:
             del error  # it holds this frame
@@ -414,7 +418,12 @@ class Worker:
             self._log_over(attempt)
             if attempt.lost == LOST:
                 message = "The store lost events of this attempt; the task begins again."
-                await attempt.give_back(events.Requeued(message=message, refund=True))
+                back = attempt.give_back(events.Requeued(message=message, refund=True))
+                await attempt.outlast(asyncio.create_task(back))
+        except asyncio.CancelledError:
+            if not attempt.abandoned:
+                logger.exception("task.abandoned", worker=self.name, **_names(attempt))
+            raise
         except Exception:
             logger.exception("task.abandoned", worker=self.name, **_names(attempt))
         finally:
@@ -433,7 +442,9 @@ class Worker:
             error = asyncio.CancelledError("the handler cancelled itself")
         said = conclusion(handler, context, result, error)
         if context.task.output_schema:
-            said = await fitted(said, context.task.output_schema)
+            fitting = asyncio.create_task(fitted(said, context.task.output_schema))
+            await attempt.outlast(fitting)
+            said = fitting.result()
         try:
             await attempt.settle()
         except TaskcastError as unsaid:  # of a text that the handler did not wait for
@@ -446,7 +457,7 @@ class Worker:
             await attempt.finish(said)
         except Invalid as invalid:  # for example a text that takes more room as JSON than an event may have
             said = [_errored(invalid)]
-            await attempt.append(said[0])
+            await attempt.finish(said)
         self._log_end(attempt, said[-1], error)
 
     # An attempt whose handler is interrupted
@@ -578,14 +589,22 @@ class Worker:
             # A slow answer has used up part of what it granted.
             pause = max(0.0, asked_at + period - loop.time())
 
-    async def _drain(self) -> None:
-        """Lets handlers end for half the grace time, then cancels them; each gives its task back within the other half."""
+    async def _drain(self, claiming: asyncio.Task[None]) -> None:
+        """Lets handlers end for half the grace time, then cancels them; each gives its task back within the other half.
+        So does what a claim still brings.
+        """
+        began = asyncio.get_running_loop().time()
         for attempt in [*self._held.values()]:
             attempt.drain()
         if self._runners:
             self._log.info("worker.draining", tasks=len(self._runners), grace_seconds=self._grace_seconds)
-            await asyncio.wait(self._runners, timeout=self._grace_seconds / 2)
+        await self._until_idle(claiming, began + self._grace_seconds / 2)
         for attempt in [*self._held.values()]:
             attempt.stop()
-        if self._runners:
-            await asyncio.wait(self._runners, timeout=self._grace_seconds / 2)
+        await self._until_idle(claiming, began + self._grace_seconds)
+
+    async def _until_idle(self, claiming: asyncio.Task[None], until: float) -> None:
+        """Until no slot is taken and no claim is under way; or until then, on the event loop's clock."""
+        loop = asyncio.get_running_loop()
+        while (self._runners or not claiming.done()) and (left := until - loop.time()) > 0:
+            await asyncio.wait([claiming, *self._runners], timeout=left)

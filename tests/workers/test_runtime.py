@@ -415,6 +415,117 @@ async def test_a_handler_that_survives_its_own_cancel_has_its_say(bench: Bench) 
     assert (done.status, done.result) == (Status.COMPLETED, "alive")
 
 
+async def cancels_itself_and_raises(task: Task, ctx: Context) -> str:
+    await ctx.delta("hello")
+    await asks_for_its_own_cancel(task, ctx)
+    raise ValueError("boom")
+
+
+async def is_cancelled_a_tick_later(task: Task, ctx: Context) -> str:
+    await ctx.delta("hello")
+    itself = asyncio.current_task()
+    assert itself
+    asyncio.get_running_loop().call_soon(itself.cancel)
+    return "{}"
+
+
+async def is_cancelled_again_and_again(task: Task, ctx: Context) -> str:
+    itself = asyncio.current_task()
+    assert itself
+
+    def cancel() -> None:
+        if not itself.done():
+            itself.cancel()
+            asyncio.get_running_loop().call_soon(cancel)
+
+    asyncio.get_running_loop().call_soon(cancel)
+    return "{}"
+
+
+@pytest.mark.parametrize(
+    ("function", "status", "error"),
+    [
+        (cancels_itself_and_raises, Status.ERRORED, "ValueError: boom"),
+        (is_cancelled_a_tick_later, Status.COMPLETED, ""),
+        (is_cancelled_again_and_again, Status.COMPLETED, ""),
+    ],
+)
+@pytest.mark.parametrize("schema", [{}, {"type": "object"}])
+async def test_a_cancel_that_a_handler_left_behind_does_not_cost_its_outcome(
+    bench: Bench, function: Callable[..., Any], status: Status, error: str, schema: dict[str, Any]
+) -> None:
+    id_ = await bench.submit(output_schema=schema)
+    async with (
+        opened_beside(bench, lease_seconds=SHORT_SECONDS) as store,
+        bench.work(task("default")(function), store=store),
+    ):
+        done = await bench.until_ended(id_)
+    assert (done.status, done.error, done.attempt) == (status, error, 1)
+    await bench.prove()
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+@pytest.mark.parametrize("answered", [False, True])
+async def test_last_words_that_a_stray_cancel_cuts_off_are_said_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, pieces: int, *, answered: bool
+) -> None:
+    handlers: list[asyncio.Task[Any]] = []
+
+    @task("default")
+    async def brief(task: Task, ctx: Context) -> str:
+        for _ in range(pieces):
+            await ctx.delta("hel")
+        itself = asyncio.current_task()
+        assert itself
+        handlers.append(itself)
+        return "hello"
+
+    id_ = await bench.submit()
+    async with opened_beside(bench, lease_seconds=SHORT_SECONDS) as store:
+        real = store.extend
+
+        async def extend(*words: Any, **more: Any) -> Any:
+            outcomes = await real(*words, **more) if answered else None
+            handlers[0].cancel()
+            await asyncio.sleep(0)
+            return outcomes or await real(*words, **more)
+
+        monkeypatch.setattr(store, "extend", extend)
+        async with bench.work(brief, store=store):
+            done = await bench.until_ended(id_)
+    assert (done.status, done.result, done.attempt) == (Status.COMPLETED, "hello", 1)
+    assert await bench.said(id_) == ["submitted", "started", *["text_delta"] * pieces, "text_completed", "completed"]
+    await bench.prove()
+
+
+async def test_a_handler_that_waits_for_the_store_can_be_cancelled(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, away = bench.store.extend, True
+
+    async def extend(*words: Any, **more: Any) -> Any:
+        if away:
+            raise Unavailable("away")
+        return await real(*words, **more)
+
+    @task("default")
+    async def impatient(task: Task, ctx: Context) -> str:
+        nonlocal away
+        await ctx.delta("hello")
+        try:
+            async with asyncio.timeout(0.01):
+                await ctx.flush()
+        finally:
+            away = False
+        return "hello"
+
+    monkeypatch.setattr(bench.store, "extend", extend)
+    id_ = await bench.submit()
+    async with bench.work(impatient):
+        done = await bench.until_ended(id_)
+    assert (done.status, done.error) == (Status.ERRORED, "TimeoutError")
+
+
 async def test_a_task_is_queued_again_for_the_exceptions_that_the_worker_names(bench: Bench) -> None:
     attempts: list[int] = []
 
@@ -713,6 +824,10 @@ async def test_a_worker_stops_although_a_handler_ignores_it(bench: Bench) -> Non
             release.set()
 
 
+def running(function: str) -> list[asyncio.Task[Any]]:
+    return [one for one in asyncio.all_tasks() if getattr(one.get_coro(), "__name__", "") == function]
+
+
 async def test_a_crash_waits_for_no_handler_and_says_nothing(bench: Bench, logs: Logs) -> None:
     started, deaf, release = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -734,10 +849,59 @@ async def test_a_crash_waits_for_no_handler_and_says_nothing(bench: Bench, logs:
             assert deaf.is_set()
         finally:
             release.set()
-        (handler,) = [one for one in asyncio.all_tasks() if getattr(one.get_coro(), "__name__", "") == "_work"]
+        (handler,) = running("_work")
         await asyncio.wait([handler])
     assert await bench.said(id_) == ["submitted", "started"]
     assert not said_in(logs, "task.completed")
+
+
+@pytest.mark.parametrize("pieces", [0, 1])
+async def test_a_crash_cuts_off_the_last_words(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, logs: Logs, pieces: int
+) -> None:
+    on_its_way = asyncio.Event()
+
+    async def extend(*words: Any, **more: Any) -> Any:
+        on_its_way.set()
+        return await asyncio.Event().wait()
+
+    @task("default")
+    async def brief(task: Task, ctx: Context) -> str:
+        for _ in range(pieces):
+            await ctx.delta("hel")
+        return "hello"
+
+    monkeypatch.setattr(bench.store, "extend", extend)
+    id_ = await bench.submit()
+    async with bench.work(brief) as working:
+        await on_its_way.wait()
+        await asyncio.wait_for(working.crash(), 5)
+        assert not running("_work")
+    assert await bench.said(id_) == ["submitted", "started"]
+    assert not said_in(logs, "task.abandoned")
+
+
+async def test_a_stray_cancel_that_leaves_a_task_to_its_lease_is_logged(bench: Bench, logs: Logs) -> None:
+    started, release = asyncio.Event(), asyncio.Event()
+
+    @task("default")
+    async def ignores(task: Task, ctx: Context) -> None:
+        while not release.is_set():
+            started.set()
+            with suppress(asyncio.CancelledError):
+                await release.wait()
+
+    id_ = await bench.submit()
+    async with bench.work(ignores):
+        try:
+            await started.wait()
+            await bench.say(id_, events.Cancelled())
+            await wait_until(lambda: bool(running("_until_said")), "its end is waited for")
+            await asyncio.sleep(0)
+            running("_until_said")[0].cancel()
+            await wait_until(lambda: said_in(logs, "task.abandoned"), "the cut is logged")
+        finally:
+            release.set()
 
 
 async def test_a_handler_pauses_at_its_checkpoint_and_goes_on(bench: Bench) -> None:
@@ -1329,6 +1493,36 @@ async def test_a_stopping_worker_gives_back_what_does_not_end_and_no_attempt_is_
         done = await bench.until_ended(id_)
     assert (done.status, done.attempt) == (Status.COMPLETED, 2)
     await bench.prove()
+
+
+async def test_handlers_hear_of_the_stop_while_a_claim_hangs(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    started, ended, answer = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    claims = 0
+    id_ = await bench.submit()
+    async with opened_beside(bench, grace_seconds=0.1) as store:
+        real = store.claim
+
+        async def claim(queues: list[str], worker: str, free: int) -> list[Claimed]:
+            nonlocal claims
+            claims += 1
+            if claims == 1:
+                return await real(queues, worker, free)
+            await answer.wait()
+            return []
+
+        monkeypatch.setattr(store, "claim", claim)
+        async with bench.work(hanging(started, ended), store=store, slots=2) as working:
+            await started.wait()
+            assert claims == 2
+            stopping = asyncio.create_task(working.stop())
+            try:
+                await wait_until(ended.is_set, "the handler is cancelled")
+                assert await bench.until(id_, Status.QUEUED)
+                assert not stopping.done()
+            finally:
+                answer.set()
+            await stopping
+    assert (await bench.task(id_)).refunds == 1
 
 
 async def test_a_stopping_worker_does_not_wait_for_a_pause_to_end(bench: Bench) -> None:
