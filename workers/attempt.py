@@ -426,8 +426,9 @@ class Attempt:
 def uncancel() -> None:
     """The current task goes on as if never cancelled: timeouts and task groups look at the count."""
     this = asyncio.current_task()
-    while this and this.uncancel():
-        pass
+    assert this
+    for _ in range(this.cancelling()):
+        this.uncancel()
 
 
 def _fail(answer: "asyncio.Future[Appended]", error: Exception) -> None:

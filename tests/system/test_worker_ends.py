@@ -64,6 +64,11 @@ async def talks(task, ctx: Context) -> str:
     return f"attempt {ctx.attempt}"
 
 
+@task("quick")
+async def quick(task, ctx: Context) -> str:
+    return f"attempt {ctx.attempt}"
+
+
 @task("blocks")
 async def blocks(task, ctx: Context) -> str:
     await ctx.progress(0.1)
@@ -167,6 +172,23 @@ async def test_whatever_a_worker_runs_when_it_ends_another_one_runs_again(
         if isinstance(one.event, events.Noted) and one.event.name == "PID":
             pid = int(one.event.message)
             await wait_until(partial(ended, pid), f"process {pid} has ended")
+    await bench.prove()
+
+
+async def test_a_worker_that_is_frozen_while_it_waits_holds_two_tasks_at_most(tmp_path: Path, bench: Bench) -> None:
+    async def waits() -> bool:
+        return int((await bench.store.door.read("INFO", "clients"))["blocked_clients"]) == 2  # for a task; on the log
+
+    with worker(tmp_path, "first") as first:
+        await wait_until(waits, "it waits")
+        await end(first, "frozen")
+        ids = [await bench.submit(queue="quick") for _ in range(6)]
+        with worker(tmp_path, "second") as second:
+            results = [(await bench.until_ended(id_)).result for id_ in ids]
+            await thaw(first)
+            await asyncio.to_thread(second.stop)
+    assert {*results} <= {"attempt 1", "attempt 2"}
+    assert results.count("attempt 2") <= 2
     await bench.prove()
 
 
