@@ -67,6 +67,11 @@ def script(name: str) -> Script:
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
+def evaluation(name: str, keys: Sequence[str], args: Sequence[Arg]) -> tuple[Arg, ...]:
+    """The command that runs it."""
+    return "EVALSHA", script(name).sha, len(keys), *keys, *args
+
+
 def in_our_words(error: BaseException) -> BaseException:
     """What an error of the client library means to the store's users."""
     match error:
@@ -110,7 +115,7 @@ class Door:
     ) -> Any:
         """Runs `app/lua/<name>.lua`. Raises Unavailable, Full."""
         lane = self._slow if slow else self._fast
-        return await self._ask(lane, ("EVALSHA", script(name).sha, len(keys), *keys, *args), repeat=repeat)
+        return await self._ask(lane, evaluation(name, keys, args), repeat=repeat)
 
     async def share(
         self, name: str, key: str, head: tuple[Arg, ...], args: Sequence[Arg], *, weight: float, repeat: bool = False
@@ -122,7 +127,7 @@ class Door:
         # What does not fit into the next call takes the other lane: on one, the store and who asks it would take turns
         # instead of working at the same time (100 tasks' events in a worker: 7,000 a second, and 13,000 so; measured).
         lane = self._fast if self._fast.waiting < SHARES_MAX else self._slow
-        return await self._ask(lane, Share(script(name).sha, key, head, args, weight), repeat=repeat)
+        return await self._ask(lane, Share(name, key, head, args, weight), repeat=repeat)
 
     async def load(self) -> None:
         """Gives the server all scripts."""
@@ -249,7 +254,7 @@ def _refusal(text: str) -> exceptions.RedisError:
 class Share(Struct, frozen=True, gc=False):
     """One thing's part of a script's call."""
 
-    sha: str
+    name: str
     key: str
     head: tuple[Arg, ...]
     args: Sequence[Arg]
@@ -357,11 +362,11 @@ def calls_of(batch: Sequence[tuple[Command, T]]) -> list[list[tuple[Command, T]]
         if not isinstance(command, Share):
             head = None
             calls.append([asked])
-        elif head == (command.sha, command.head) and weight + command.weight <= 1 and len(calls[-1]) < SHARES_MAX:
+        elif head == (command.name, command.head) and weight + command.weight <= 1 and len(calls[-1]) < SHARES_MAX:
             weight += command.weight
             calls[-1].append(asked)
         else:
-            weight, head = command.weight, (command.sha, command.head)
+            weight, head = command.weight, (command.name, command.head)
             calls.append([asked])
     return calls
 
@@ -371,8 +376,8 @@ def command_of(call: Sequence[tuple[Command, T]]) -> tuple[Arg, ...]:
     if not isinstance(first, Share):
         return first
     shares = [command for command, _ in call if isinstance(command, Share)]
-    keys = [share.key for share in shares]
-    return "EVALSHA", first.sha, len(keys), *keys, *first.head, *(word for share in shares for word in share.args)
+    args = [*first.head, *(word for share in shares for word in share.args)]
+    return evaluation(first.name, [share.key for share in shares], args)
 
 
 def client(url: str) -> Redis:

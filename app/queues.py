@@ -2,7 +2,8 @@
 
 A claim pops, starts and leases in one step, so that a task is never between the queue and a worker. The ticker
 (`Queues.tick`) runs in every process: whoever sees an expired lease or a passed deadline first appends the
-consequence, and the guards of that append make all others' attempts harmless.
+consequence, and the guards of that append make all others' attempts harmless. The file is long because whoever waits,
+claims, renews or ticks leans on what the others leave in the same sets.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ from msgspec import Struct
 from redis.exceptions import NoScriptError
 
 from app import events, keys
-from app.connect import Arg, Door, Line, in_our_words, script
+from app.connect import Arg, Door, Line, evaluation, in_our_words
 from app.errors import Conflict, Full, Invalid, NotFound, Unavailable
 from app.log import Log, Partitions, entry, limits
 from app.settings import Settings
@@ -362,7 +363,7 @@ class Waiting:
         started = {queue: _started(self._worker, count, 0) for queue, count in self._wanted.items()}
         name = f":{self._worker}:{secrets.token_hex(16)}"
         args = queues.arguments(tag, name, started, free, queues.lease_ms, "")
-        command = ("EVALSHA", script("claim").sha, 1, keys.key(tag, "leases"), *args)
+        command = evaluation("claim", [keys.key(tag, "leases")], args)
         try:
             popped, raw = await line.trip([self._pop(tag), command])
         except Exception as error:

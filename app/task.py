@@ -181,11 +181,12 @@ def targets(event: AnyEvent) -> dict[Status, Status]:
 
 def changes(event: AnyEvent, only: Collection[str] = ()) -> dict[Status, Change]:
     """The event's row for each status in which it is legal; `only`: for these."""
-    return {
-        before: _change(_effects(event, before), before, after)
-        for before, after in targets(event).items()
-        if not only or before in only
-    }
+    moves = _among(targets(event), only)
+    return {before: _change(_effects(event, before), before, after) for before, after in moves.items()}
+
+
+def _among(moves: Mapping[Status, Status], only: Collection[str]) -> dict[Status, Status]:
+    return {before: after for before, after in moves.items() if not only or before in only}
 
 
 def _change(row: Change, before: Status, after: Status) -> Change:
@@ -458,13 +459,13 @@ def _constant_rows(kind: type[AnyEvent], only: tuple[str, ...]) -> bytes:
         text="append" if kind is events.TextDelta else "",
         thread="bounded" if kind in {events.ToolCalled, events.ToolReturned} else "",
     )
-    return _rows({before: effects for before in TABLE[kind] if not only or before in only})
+    return _rows(dict.fromkeys(_among(TABLE[kind], only), effects))
 
 
 @lru_cache(maxsize=1000)
 def _shaped_rows(kind: type[AnyEvent], only: tuple[str, ...], shape: bytes, names: tuple[str, ...]) -> bytes:
     effects = msgspec.structs.replace(_shape(shape), set=dict.fromkeys(names, ""))
-    moves = {before: after for before, after in TABLE[kind].items() if not only or before in only}
+    moves = _among(TABLE[kind], only)
     return _rows(
         {before: msgspec.structs.replace(_change(effects, before, after), set={}) for before, after in moves.items()}
     )

@@ -23,7 +23,7 @@ import uvloop
 
 from app import events, keys
 from app.api.shannon import spelling
-from app.connect import SHARES_MAX, Arg, Door, Share, calls_of, command_of, script
+from app.connect import SHARES_MAX, Arg, Door, Share, calls_of, command_of
 from app.events import Completed, Submission, Thinking
 from app.identity import DEVELOPMENT, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identity
 from app.log import Log
@@ -196,7 +196,7 @@ class Keeps(Door):
     async def share(
         self, name: str, key: str, head: tuple[Arg, ...], args: Sequence[Arg], *, weight: float, **_: bool
     ) -> Any:
-        self.shares.append(Share(script(name).sha, key, head, args, weight))
+        self.shares.append(Share(name, key, head, args, weight))
         raise Kept
 
 

@@ -11,7 +11,8 @@ Who decides that an attempt is over, and what then:
 
 A dead store ends nothing by itself: renewals and events go on asking until the lease's deadline has passed.
 Cancelling `run` is not its stop but its crash: handlers are cancelled and their leases left to expire. What this
-file must never do is let a handler, its errors or its silence stop the renewal of the others' leases.
+file must never do is let a handler, its errors or its silence stop the renewal of the others' leases. It is long
+because all these ends meet in one attempt, whose end must be said once.
 """
 
 import asyncio

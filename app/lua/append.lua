@@ -94,10 +94,4 @@ local function append(at)
   return replies
 end
 
-local answers, at = {}, 3
-while at <= #ARGV do
-  answers[#answers + 1] = alone(append, at)
-  at = at + 8 + tonumber(ARGV[at + 7])
-end
-pay()
-return answers
+return each(append, 7)

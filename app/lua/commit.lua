@@ -558,10 +558,17 @@ local function write(plan)
   end
 end
 
--- One task's damaged keys must not stop the others of this call, some of which have been written.
-local function alone(step, at)
-  local fine, answer = pcall(step, at)
-  return fine and answer or { err = type(answer) == 'table' and answer.err or tostring(answer) }
+-- The answers of a step for each task of this call: so many words of ARGV, a number, and as many words as that says.
+-- One task's damaged keys must not stop the others, some of which have been written.
+local function each(step, words)
+  local answers, at = {}, 3
+  while at <= #ARGV do
+    local fine, answer = pcall(step, at)
+    answers[#answers + 1] = fine and answer or { err = type(answer) == 'table' and answer.err or tostring(answer) }
+    at = at + words + 1 + tonumber(ARGV[at + words])
+  end
+  pay()
+  return answers
 end
 
 -- So many words, as they are counted there.

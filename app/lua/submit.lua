@@ -29,10 +29,4 @@ local function submit(at)
   return done(plan)
 end
 
-local answers, at = {}, 3
-while at <= #ARGV do
-  answers[#answers + 1] = alone(submit, at)
-  at = at + 7 + tonumber(ARGV[at + 6])
-end
-pay()
-return answers
+return each(submit, 6)

@@ -801,8 +801,8 @@ async def test_a_handler_that_ignores_its_cancellation_is_logged_and_keeps_its_s
         await bench.until_ended(second)
 
 
-async def test_a_worker_stops_although_a_handler_ignores_it(bench: Bench) -> None:
-    started, release = asyncio.Event(), asyncio.Event()
+def ignoring(started: asyncio.Event, deaf: asyncio.Event, release: asyncio.Event) -> Handler:
+    """Passes over its cancels until it is released."""
 
     @task("default")
     async def ignores(task: Task, ctx: Context) -> str:
@@ -811,9 +811,15 @@ async def test_a_worker_stops_although_a_handler_ignores_it(bench: Bench) -> Non
             try:
                 await release.wait()
             except asyncio.CancelledError:
-                continue
+                deaf.set()
         return "too late"
 
+    return ignores
+
+
+async def test_a_worker_stops_although_a_handler_ignores_it(bench: Bench) -> None:
+    started, deaf, release = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    ignores = ignoring(started, deaf, release)
     id_ = await bench.submit()
     async with opened_beside(bench, grace_seconds=0.1) as store, bench.work(ignores, store=store) as working:
         try:
@@ -830,19 +836,8 @@ def running(function: str) -> list[asyncio.Task[Any]]:
 
 async def test_a_crash_waits_for_no_handler_and_says_nothing(bench: Bench, logs: Logs) -> None:
     started, deaf, release = asyncio.Event(), asyncio.Event(), asyncio.Event()
-
-    @task("default")
-    async def ignores(task: Task, ctx: Context) -> str:
-        while not release.is_set():
-            started.set()
-            try:
-                await release.wait()
-            except asyncio.CancelledError:
-                deaf.set()
-        return "too late"
-
     id_ = await bench.submit()
-    async with bench.work(ignores) as working:
+    async with bench.work(ignoring(started, deaf, release)) as working:
         await started.wait()
         try:
             await asyncio.wait_for(working.crash(), 5)
