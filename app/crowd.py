@@ -16,6 +16,7 @@ a break of the tail) it parts, and each reader sees to that alone (`seam.py`).
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
+from app import metrics
 from app.log import Logged
 from app.seam import Place, Sink, TaskReader
 
@@ -35,12 +36,11 @@ class Member(Sink, Protocol):
 
     def write(self, data: bytes) -> None: ...
 
-    @property
-    def count(self) -> Callable[[int, int], None]:
-        """Of all streams: so many frames and bytes were written."""
-
     def part(self) -> None:
         """It goes alone from here: removes itself from its crowd."""
+
+
+Writes = tuple[Callable[[bytes], None], ...]
 
 
 class Outbox:
@@ -51,43 +51,51 @@ class Outbox:
     def __init__(self) -> None:
         self.size = 0
         """Bytes, at most, for any of the connections."""
-        self.waiting: list[tuple[Crowd, list[Callable[[bytes], None]], bytes]] = []
+        self.waiting: list[tuple[Crowd, Writes, bytes, int]] = []
+        """Data, and how many frames it is."""
 
     def write(self) -> None:
         waiting, self.waiting, self.size = self.waiting, [], 0
-        for crowd, writes, data in waiting:
-            for write in writes:  # a connection that fills up makes its reader part: the crowd has another list then
+        all_frames = all_bytes = 0
+        for crowd, writes, data, frames in waiting:
+            all_frames += frames * len(writes)
+            all_bytes += len(data) * len(writes)
+            for write in writes:  # a connection that fills up makes its reader part: the crowd has others then
                 try:
                     write(data)
                 except Exception as error:  # noqa: BLE001 (as of one: `seam.py`)
                     crowd.failed(write, error)
+        if waiting:
+            metrics.STREAM_FRAMES.inc(all_frames)
+            metrics.STREAM_BYTES.inc(all_bytes)
 
 
 class Crowd(Place):
-    __slots__ = ("_audience", "_count", "_readers", "_spelling", "_writes", "written")
+    __slots__ = ("_audience", "_readers", "_spelling", "_writes", "written")
 
     def __init__(self, audience: "Audience", member: Member, place: Place) -> None:
         super().__init__(place.after)
         self.number, self.live = place.number, True
         self.written = 0
         """Bytes, to each."""
-        self._audience, self._spelling, self._count = audience, member.spelling, member.count
+        self._audience, self._spelling = audience, member.spelling
         self._readers: dict[Member, TaskReader] = {}
-        self._writes: list[Callable[[bytes], None]] = []
+        self._writes: Writes = ()
         """Of all members; empty: to be made anew, because they have changed."""
 
     def add(self, member: Member, reader: TaskReader) -> None:
         self._readers[member] = reader
-        self._writes = []
+        self._writes = ()
         del self._audience.alone[reader]
 
     def remove(self, member: Member) -> None:
         reader = self._readers.pop(member)
-        self._writes = []
+        self._writes = ()
         reader.number, reader.after = self.number, self.after
         self._audience.alone[reader] = None
         if not self._readers:
             del self._audience.crowds[self._spelling]
+            self._audience.walk = (*self._audience.crowds.values(),)
 
     def part(self, error: Exception | None = None) -> None:
         for member in [*self._readers]:
@@ -97,7 +105,6 @@ class Crowd(Place):
 
     def offer(self, one: Logged, outbox: Outbox) -> int:
         """To how many. Who has parted is then offered it alone."""
-        readers = len(self._readers)
         if one.over:
             self.part()
             return 0
@@ -108,16 +115,18 @@ class Crowd(Place):
         try:
             data, frames = one.spelled.get(self._spelling) or self._spelling.live(one)
         except Exception as error:  # noqa: BLE001 (the readers' own, as of one: `seam.py`)
+            readers = len(self._readers)
             outbox.write()
             self.part(error)
             return readers
+        writes = self._writes
+        if not writes:
+            self._writes = writes = (*(member.write for member in self._readers),)
         if frames:
             self.written += len(data)
-            self._count(frames * readers, len(data) * readers)
-            self._writes = self._writes or [member.write for member in self._readers]
-            outbox.waiting.append((self, self._writes, data))
+            outbox.waiting.append((self, writes, data, frames))
             outbox.size += len(data)
-        return readers
+        return len(writes)
 
     def failed(self, write: Callable[[bytes], None], error: Exception) -> None:
         for member in [member for member in self._readers if member.write == write]:
@@ -128,18 +137,20 @@ class Crowd(Place):
 class Audience:
     """The readers of one task."""
 
-    __slots__ = ("alone", "crowds")
+    __slots__ = ("alone", "crowds", "walk")
 
     def __init__(self) -> None:
         self.alone: dict[TaskReader, None] = {}
         """In the order in which they came, which is that of their memory: it is walked through faster."""
         self.crowds: dict[Spelling, Crowd] = {}
+        self.walk: tuple[Crowd, ...] = ()
+        """The same: an offer may change them."""
 
     def offer(self, one: Logged, outbox: Outbox) -> int:
         """To how many."""
         # Crowds first: who parts is offered it alone, and who has taken it alone may join.
         offered = 0
-        for crowd in tuple(self.crowds.values()):
+        for crowd in self.walk:
             offered += crowd.offer(one, outbox)
         if self.alone:
             outbox.write()
@@ -155,6 +166,7 @@ class Audience:
         crowd = self.crowds.get(member.spelling)
         if crowd is None:
             crowd = self.crowds[member.spelling] = Crowd(self, member, reader)
+            self.walk = (*self.walk, crowd)
         if crowd.number != reader.number:
             return None
         crowd.add(member, reader)

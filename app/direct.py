@@ -3,7 +3,7 @@
 No task and no timer: it is offered live entries by the tail, given pages by the hub, and visited by the heartbeat.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 
 import structlog
@@ -137,10 +137,6 @@ class Direct:
             self._goodbye("failed")
 
     # As a member of a crowd
-
-    @property
-    def count(self) -> Callable[[int, int], None]:
-        return self._streams.count
 
     def part(self) -> None:
         if crowd := self._crowd:

@@ -39,6 +39,10 @@ class Frame(Struct, frozen=True, gc=False):
 _json = msgspec.json.Encoder().encode
 
 
+FRAME = b"id: %b\nevent: %b\ndata: %b\n\n"
+"""One with an id, as `encode` makes it."""
+
+
 def encode(frame: Frame) -> bytes:
     """ASCII: httpx splits lines on U+0085 and U+2028 too, and would tear a frame there (tried)."""
     data = frame.data
@@ -50,6 +54,10 @@ def encode(frame: Frame) -> bytes:
     return f"{id_}{event}data: ".encode() + text + b"\n\n"
 
 
+Spliced = tuple[str, str, bytes]
+"""A frame's event, its type, and all of it as bytes."""
+
+
 class Spelling:
     """What readers who want the same get, as bytes. One for each dialect, filter and framing (`spelling`)."""
 
@@ -59,24 +67,25 @@ class Spelling:
         control: Callable[[Gap | Began | Reached | Ended], Frame | None],
         types: frozenset[str],
         chunk: Callable[[bytes], bytes],
-        live: Callable[[Logged], list[Frame]] | None = None,
+        live: Callable[[Logged], Spliced | None] = lambda _: None,
     ) -> None:
         """`control`'s frames pass every filter; `types` empty: so does all else. `chunk` frames a piece of a body.
 
         `frames` gets entries with the state after them if their reader folds. `live` says the same as `frames`, of an
-        entry that nobody has parsed yet.
+        entry that nobody has parsed yet; None: it needs to be.
         """
-        self._frames, self._control, self._types = frames, control, types
-        self._live = live or (lambda one: frames(one.entry))
+        self._frames, self._control, self._types, self._live = frames, control, types, live
         self.chunk = chunk
 
     def live(self, one: Logged) -> tuple[bytes, int]:
         """Of an entry whose cursor is its id, chunked, and how many frames that is; empty: the filter leaves nothing."""
-        frames = self._live(one)
-        if self._types:
-            frames = [frame for frame in frames if self._types & frame.types]
-        data = encode(frames[0]) if len(frames) == 1 else b"".join(map(encode, frames))
-        one.spelled[self] = spelled = (self.chunk(data) if frames else b"", len(frames))
+        if spliced := self._live(one):
+            event, type_, data = spliced
+            frames = 1 if not self._types or event in self._types or type_ in self._types else 0
+        else:
+            said = self._told(one.entry)
+            frames, data = len(said), b"".join(map(encode, said))
+        one.spelled[self] = spelled = (self.chunk(data) if frames else b"", frames)
         return spelled
 
     def body(self, items: Sequence[Item]) -> bytes:

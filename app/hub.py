@@ -9,7 +9,7 @@ The hub never reads after `$`: each empty answer would move that place. It knows
 """
 
 import asyncio
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Protocol
@@ -68,7 +68,8 @@ class Tail:
 
     def __init__(self, door: Door, log: Log, tag: str) -> None:
         self._door, self._log, self._tag = door, log, tag
-        self._audiences: dict[tuple[str, str], Audience] = defaultdict(Audience)
+        self._audiences: dict[str, dict[str, Audience]] = {}
+        """By organisation and task."""
         self._outbox = Outbox()
         self._strands: set[Strand] = set()
         self._watchers: set[Callable[[Logged], None]] = set()
@@ -80,20 +81,27 @@ class Tail:
         if isinstance(reader, Strand):
             self._strands.add(reader)
         else:
-            self._audiences[reader.org, reader.task].alone[reader] = None
+            self._audiences.setdefault(reader.org, {}).setdefault(reader.task, Audience()).alone[reader] = None
         await self._running()
 
     def leave(self, reader: TaskReader | Strand) -> None:
         if isinstance(reader, Strand):
             self._strands.discard(reader)
-        elif found := self._audiences.get(who := (reader.org, reader.task)):
+        elif found := self._audience(reader):
             found.alone.pop(reader, None)
             if not found.alone and not found.crowds:
-                del self._audiences[who]
+                del self._audiences[reader.org][reader.task]
+                if not self._audiences[reader.org]:
+                    del self._audiences[reader.org]
         self._rest()
 
     def gather(self, member: Member, reader: TaskReader) -> Crowd | None:
-        return self._audiences[reader.org, reader.task].gather(member, reader)
+        found = self._audience(reader)
+        return found.gather(member, reader) if found else None
+
+    def _audience(self, one: TaskReader | Logged) -> Audience | None:
+        tasks = self._audiences.get(one.org)
+        return tasks.get(one.task) if tasks else None
 
     async def watch(self, watcher: Callable[[Logged], None]) -> None:
         """Offers every entry of the partition; a watcher reads the header and must not raise."""
@@ -172,7 +180,7 @@ class Tail:
 
     def _offer(self, one: Logged) -> int:
         """To how many. Copies: an offer may make a reader leave."""
-        audience = self._audiences.get((one.org, one.task))
+        audience = self._audience(one)
         offered = audience.offer(one, self._outbox) if audience else 0
         if self._strands:
             for strand in tuple(self._strands):
@@ -185,7 +193,7 @@ class Tail:
 
     def _replay_all(self) -> None:
         self._outbox.write()  # they read on behind it
-        for audience in [*self._audiences.values()]:
+        for audience in [audience for tasks in self._audiences.values() for audience in tasks.values()]:
             audience.lost()
         for strand in tuple(self._strands):
             strand.lost()

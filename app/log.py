@@ -8,6 +8,7 @@ import hashlib
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -378,7 +379,7 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
     @property
     def at(self) -> int:
         """As of `Entry`."""
-        return max(self.seconds * 1_000_000 + self.micros, int(self.id.partition("-")[0]) * 1000)
+        return _at(self.seconds, self.micros, self.id.partition("-")[0])
 
     def fold(self, before: Snapshot) -> Snapshot:
         """The state after this entry, which `entry` then holds too; made once for all its readers."""
@@ -402,6 +403,11 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
                 size=len(self.event),
             )
         return self._entry
+
+
+@lru_cache(maxsize=256)  # what one call writes has one time
+def _at(seconds: int, micros: int, ms: str) -> int:
+    return max(seconds * 1_000_000 + micros, int(ms) * 1000)
 
 
 _header = msgspec.json.Decoder(Logged).decode

@@ -59,8 +59,11 @@ async def restate(store: Store, made: Made, status: Status, word: str) -> None:
 
 async def populate(store: Store, chance: random.Random) -> list[Made]:
     at_once = asyncio.Semaphore(200)
+    # Each its own: which of them is made first is no matter of chance's.
+    chances = [random.Random(chance.random()) for _ in range(TASKS)]
 
     async def one(number: int) -> Made:
+        chance = chances[number]
         async with at_once:
             made = await make(store, chance, f"{chance.choice('aZ_')}{number}")
             if (status := chance.choice(STATUSES)) is not Status.QUEUED:

@@ -24,7 +24,7 @@ from app.agents import CHARACTERS_MAX, DEFAULT, queue_of
 from app.answers import clock, plain
 from app.errors import Conflict, Invalid, TaskcastError
 from app.events import AnyEvent, Entry, Json, Submission, Usage
-from app.frames import Frame
+from app.frames import FRAME, Frame, Spliced
 from app.identity import Identity
 from app.log import Logged, canonical_hash, random_id, task_id_of
 from app.requests import json_of, too_large
@@ -513,52 +513,50 @@ def _shape(name: str, body: Json, entry: Entry) -> Json:
 
 
 class Words(Struct, gc=False):
-    """What an activity's worker said. The payload stays as it stands in the log: it is the worker's own."""
+    """What a worker said in an event that is passed on, as it stands in the log."""
 
     name: str = ""
-    agent: str = ""
-    message: str = ""
+    agent: msgspec.Raw = NOTHING
+    message: msgspec.Raw = NOTHING
     payload: msgspec.Raw = NOTHING
-
-
-class Told(Struct, kw_only=True, omit_defaults=True, gc=False):
-    """The event object of an activity, as `event_body` makes it."""
-
-    workflow_id: str
-    type: str
-    agent_id: str = ""
-    message: str = ""
-    payload: msgspec.Raw = NOTHING
-    timestamp: str
-    seq: int
-    stream_id: str
 
 
 _words = msgspec.json.Decoder(Words).decode
 
+# Neither an id nor a name has a character that JSON would escape (`events.ID`, `events.NOTED`).
+_PASSED_ON = FRAME % (
+    b"%b",
+    b"%b",
+    b'{"workflow_id":"%b","type":"%b"%b%b%b,"timestamp":"%b","seq":%d,"stream_id":"%b"}',
+)
 
-def live(one: Logged) -> list[Frame]:
+
+def live(one: Logged) -> Spliced | None:
     """As `frame`. Between the log and a thousand readers of as many tasks an event costs what Python does with it, once
     for each: so what a dialect only passes on is not made into objects first.
     """
     raw = PASSED_ON.get(one.type)
-    if raw is None:
-        return frame(one.entry)
+    if raw is None or not one.event.isascii():
+        return None
     said = _words(one.event)
     raw = raw or said.name
     if raw in SSE_NAME:
-        return frame(one.entry)
-    told = Told(
-        workflow_id=one.task,
-        type=raw,
-        agent_id=said.agent,
-        message=said.message,
-        payload=said.payload,
-        timestamp=clock(one.at),
-        seq=one.seq,
-        stream_id=one.id,
+        return None
+    agent, message, payload = said.agent, said.message, said.payload
+    id_, name = one.id.encode(), raw.encode()
+    told = _PASSED_ON % (
+        id_,
+        name,
+        one.task.encode(),
+        name,
+        b"" if agent is NOTHING else b',"agent_id":%b' % agent,
+        b"" if message is NOTHING else b',"message":%b' % message,
+        b"" if payload is NOTHING else b',"payload":%b' % payload,
+        clock(one.at).encode(),
+        one.seq,
+        id_,
     )
-    return [Frame(event=raw, data=told, id=one.id, type=raw)]
+    return raw, raw, told
 
 
 def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
