@@ -34,7 +34,6 @@ def plain(error: TaskcastError) -> tuple[int, str]:
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-@lru_cache(maxsize=256)  # what one call of the store writes has one time
 def clock(micros: int) -> str:
     """RFC 3339 in UTC, always with six digits, so that texts compare like times."""
     return f"{_second(micros // 1_000_000)}.{str(micros % 1_000_000).zfill(6)}Z"

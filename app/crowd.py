@@ -25,7 +25,7 @@ class Spelling(Hashable, Protocol):
     """How some readers want what they get: the same bytes for all of them."""
 
     def live(self, one: Logged) -> tuple[bytes, int]:
-        """An entry, perhaps as nothing, and how many frames that is; from then on they stand in its `spelled`."""
+        """An entry, perhaps as nothing, and how many frames that is."""
 
 
 class Member(Sink, Protocol):
@@ -70,12 +70,12 @@ class Outbox:
             metrics.STREAM_BYTES.inc(all_bytes)
 
 
-class Crowd(Place):
-    __slots__ = ("_audience", "_readers", "_spelling", "_writes", "written")
+class Crowd:
+    __slots__ = ("_audience", "_readers", "_spelling", "_writes", "after", "number", "written")
 
     def __init__(self, audience: "Audience", member: Member, place: Place) -> None:
-        super().__init__(place.after)
-        self.number, self.live = place.number, True
+        self.number, self.after = place.number, place.after
+        """Of the last entry that all have taken, as of a reader's place."""
         self.written = 0
         """Bytes, to each."""
         self._audience, self._spelling = audience, member.spelling
@@ -108,12 +108,13 @@ class Crowd(Place):
         if one.over:
             self.part()
             return 0
-        if not self.due(one.seq, one.id):
-            if not self.live:  # a hole
+        if one.seq != self.number + 1:
+            if one.seq > self.number:  # a hole
                 self.part()
             return 0
+        self.number, self.after = one.seq, one.id
         try:
-            data, frames = one.spelled.get(self._spelling) or self._spelling.live(one)
+            data, frames = self._spelling.live(one)
         except Exception as error:  # noqa: BLE001 (the readers' own, as of one: `seam.py`)
             readers = len(self._readers)
             outbox.write()

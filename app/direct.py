@@ -97,7 +97,10 @@ class Direct:
         if self._unsent() > self._limit:
             self._abort("slow")
             return
-        data, frames = one.spelled.get(self.spelling) or self.spelling.live(one)
+        spelled = one.spelled.get(self.spelling)
+        if spelled is None:
+            spelled = one.spelled[self.spelling] = self.spelling.live(one)
+        data, frames = spelled
         if frames:
             self._put(data, frames)
         if isinstance(self.reader, TaskReader) and not self._unsent():

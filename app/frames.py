@@ -85,8 +85,7 @@ class Spelling:
         else:
             said = self._told(one.entry)
             frames, data = len(said), b"".join(map(encode, said))
-        one.spelled[self] = spelled = (self.chunk(data) if frames else b"", frames)
-        return spelled
+        return (self.chunk(data) if frames else b""), frames
 
     def body(self, items: Sequence[Item]) -> bytes:
         """Not chunked."""

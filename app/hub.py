@@ -50,9 +50,10 @@ RETRY_SECONDS = 0.2
 READ_PAUSE_SECONDS = 0.004
 """Between two reads of a tail, at least: of a busy log each brings several entries then. One that comes alone is not held
 up."""
-READ_MANY = 32
-"""Of a log that brings so many at once the next read brings many, too: a pause would only be one more time to wake up,
-which costs as much as several deliveries (50 writers in step: a fifteenth of all, measured)."""
+READ_MANY = 16
+BUSY_PAUSE_SECONDS = 0.01
+"""After a read that brought so many: to wake up for the next ones costs as much as several deliveries (50 writers: a
+twenty-fifth of all that a delivery costs, measured)."""
 REPLAYS = 4
 """Pages that are read for replaying readers at the same time."""
 STATE_BATCH = 50
@@ -99,9 +100,8 @@ class Tail:
         found = self._audience(reader)
         return found.gather(member, reader) if found else None
 
-    def _audience(self, one: TaskReader | Logged) -> Audience | None:
-        tasks = self._audiences.get(one.org)
-        return tasks.get(one.task) if tasks else None
+    def _audience(self, reader: TaskReader) -> Audience | None:
+        return self._audiences.get(reader.org, {}).get(reader.task)
 
     async def watch(self, watcher: Callable[[Logged], None]) -> None:
         """Offers every entry of the partition; a watcher reads the header and must not raise."""
@@ -141,7 +141,7 @@ class Tail:
                     while True:
                         found = await self._log.tail(line, self._tag, last[0])
                         came = loop.time()
-                        offered = 0
+                        offered, outbox = 0, self._outbox
                         try:
                             for one in found:
                                 if one.number != last[1] + 1:
@@ -149,13 +149,14 @@ class Tail:
                                     self._replay_all()
                                 last = one.id, one.number
                                 offered += self._offer(one)
-                                if offered >= OFFERED_MAX or self._outbox.size >= WAITING_BYTES:
-                                    self._outbox.write()
+                                if offered >= OFFERED_MAX or outbox.size >= WAITING_BYTES:
+                                    outbox.write()
                                     offered = 0
                                     await asyncio.sleep(0)
                         finally:  # whatever a watcher does: it is counted as written
-                            self._outbox.write()
-                        if len(found) < READ_MANY and (early := came + READ_PAUSE_SECONDS - loop.time()) > 0:
+                            outbox.write()
+                        pause = READ_PAUSE_SECONDS if len(found) < READ_MANY else BUSY_PAUSE_SECONDS
+                        if (early := came + pause - loop.time()) > 0:
                             await asyncio.sleep(early)
             except Unavailable as error:
                 logger.warning("tail.waiting", partition=self._tag, reason=str(error))
@@ -180,7 +181,8 @@ class Tail:
 
     def _offer(self, one: Logged) -> int:
         """To how many. Copies: an offer may make a reader leave."""
-        audience = self._audience(one)
+        tasks = self._audiences.get(one.org)
+        audience = tasks.get(one.task) if tasks else None
         offered = audience.offer(one, self._outbox) if audience else 0
         if self._strands:
             for strand in tuple(self._strands):

@@ -8,7 +8,6 @@ import hashlib
 import re
 import secrets
 from collections.abc import Collection, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -356,10 +355,16 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
     id: str = ""
     event: bytes = b""
     """As it was encoded."""
-    spelled: dict[Any, tuple[bytes, int]] = {}
-    """What its readers get, by how they want it, and how many frames that is: made once for all of them."""
+    _spelled: dict[Any, tuple[bytes, int]] | None = None
     _entry: Entry | None = None
     _state: Snapshot | None = None
+
+    @property
+    def spelled(self) -> dict[Any, tuple[bytes, int]]:
+        """What its readers get, by how they want it, and how many frames that is: made once for all who go alone."""
+        if self._spelled is None:
+            self._spelled = {}
+        return self._spelled
 
     @property
     def gone(self) -> bool:
@@ -379,7 +384,7 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
     @property
     def at(self) -> int:
         """As of `Entry`."""
-        return _at(self.seconds, self.micros, self.id.partition("-")[0])
+        return moment(self.seconds, self.micros, self.id.partition("-")[0])
 
     def fold(self, before: Snapshot) -> Snapshot:
         """The state after this entry, which `entry` then holds too; made once for all its readers."""
@@ -405,8 +410,8 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
         return self._entry
 
 
-@lru_cache(maxsize=256)  # what one call writes has one time
-def _at(seconds: int, micros: int, ms: str) -> int:
+def moment(seconds: int, micros: int, ms: str) -> int:
+    """When an entry was written, as of `Entry`: at a time of the store's, but never before what its id says."""
     return max(seconds * 1_000_000 + micros, int(ms) * 1000)
 
 

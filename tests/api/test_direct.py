@@ -6,15 +6,16 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from app import events
-from app import frames as frames_
 from app import streams as streams_
 from app.crowd import Crowd, Outbox
 from app.direct import Direct
+from app.frames import Spelling
 from app.hub import WAITING_BYTES
 from app.identity import DEVELOPMENT_KEY
-from app.log import said
+from app.log import Logged, said
 from app.protocol import Kept
 from app.settings import Settings
 from app.store import Store
@@ -203,22 +204,28 @@ async def test_an_event_is_spelled_once_for_all_who_want_the_same(
     store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, attempt = await started(store)
-    spelled: list[frames_.Frame] = []
-    encode = frames_.encode
+    spelled: list[Spelling] = []
+    live = Spelling.live
 
-    def counted(frame: frames_.Frame) -> bytes:
-        spelled.append(frame)
-        return encode(frame)
+    def counted(spelling: Spelling, one: Logged) -> tuple[bytes, int]:
+        spelled.append(spelling)
+        return live(spelling, one)
 
     async with AsyncExitStack() as stack:
         readers = [(await stack.enter_async_context(raw(server, task)))[0] for _ in range(10)]
         filtered = [(await stack.enter_async_context(raw(server, task, "&types=LLM_PARTIAL")))[0] for _ in range(10)]
         await wait_until(lambda: all(one.reader.live for one in streams_of(server).open), "all are live")  # type: ignore[attr-defined]
-        monkeypatch.setattr(frames_, "encode", counted)
+        monkeypatch.setattr(Spelling, "live", counted)
         await attempt.write("word")
         for reader in (*readers, *filtered):
             await reader.readuntil(b'"delta":"word"')
         assert len(spelled) == 2
+
+
+def counted(server: Served) -> tuple[float, float]:
+    """Frames and bytes that were written to readers, ever; those of who goes alone are told with the next beat."""
+    frames, size = (REGISTRY.get_sample_value(f"taskcast_stream_{what}_total") or 0 for what in ("frames", "bytes"))
+    return frames + streams_of(server).frames, size + streams_of(server).bytes
 
 
 def together(server: Served) -> set[Crowd | None]:
@@ -235,15 +242,14 @@ async def test_readers_who_have_caught_up_go_on_together(store: Store, settings:
             assert together(server) == {None}
             await attempt.write("alone")
             await wait_until(lambda: len(together(server) - {None}) == len(together(server)) == 1, "they go together")
-            before = streams_of(server).frames, streams_of(server).bytes
+            before = counted(server)
             await attempt.write("together")
             for reader in readers:
                 await reader.readuntil(b'"delta":"alone"')
                 await reader.readuntil(b"\n\n\r\n")
                 chunk = await reader.readuntil(b"\n\n\r\n")
                 assert b'"delta":"together"' in chunk
-            counted = before[0] + 4, before[1] + 4 * len(chunk)
-            assert (streams_of(server).frames, streams_of(server).bytes) == counted
+            assert counted(server) == (before[0] + 4, before[1] + 4 * len(chunk))
         await wait_until(lambda: len(streams_of(server).open) == 3, "one has left")
         (crowd,) = together(server)
         assert crowd

@@ -334,7 +334,7 @@ async def test_a_task_deleted_under_a_reader_ends_its_stream(store: Store, serve
 async def test_a_reader_of_a_task_that_is_deleted_is_told_that_it_was_stopped(store: Store, server: Served) -> None:
     async with streaming(server) as frames:
         id_ = (await anext(frames))["task_id"]
-        (reader,) = [one for tail in store.hub._tails.values() for one in tail._audiences[ORG, id_].alone]
+        (reader,) = [one for tail in store.hub._tails.values() for one in tail._audiences[ORG][id_].alone]
         await wait_until(lambda: reader.live, "the reader has caught up")
         assert (await server.client.delete(f"/v1/tasks/{id_}")).status_code == 204
         (last,) = [frame async for frame in frames]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app import events, hub, keys
+from app import connect, events, hub, keys
 from app.errors import NotFound, Unavailable
 from app.events import Entry, Submission, TextDelta
 from app.log import Logged
@@ -310,3 +310,24 @@ async def test_a_blocking_connection_that_the_store_closed_between_two_reads_say
         await wait_until(lambda: line.ended, "the connection's end has arrived")
         with pytest.raises(Unavailable):
             await line.ask("PING")
+
+
+async def test_an_answer_that_does_not_come_is_waited_for_so_long_and_the_next_one_is_on_a_new_connection(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "TIMEOUT_SECONDS", 0.2)
+    async with store.door.blocking() as line:
+        before = await line.ask("CLIENT", "ID")
+        with pytest.raises(Unavailable):
+            await line.ask("BLPOP", "nothing", 0)
+        assert await line.ask("CLIENT", "ID") != before
+
+
+async def test_a_connection_on_which_the_store_says_what_nobody_asked_is_not_used_again(store: Store) -> None:
+    async with store.door.blocking() as line:
+        await line.ask("MONITOR")
+        await store.door.call("PING")
+        await wait_until(lambda: line.ended, "something has come")
+        with pytest.raises(Unavailable):
+            await line.ask("PING")
+        assert await line.ask("PING") == b"PONG"

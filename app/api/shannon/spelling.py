@@ -12,6 +12,7 @@ difference between the two would show.
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, assert_never, get_args
 from urllib.parse import urlencode
 from uuid import uuid4
@@ -26,7 +27,7 @@ from app.errors import Conflict, Invalid, TaskcastError
 from app.events import AnyEvent, Entry, Json, Submission, Usage
 from app.frames import FRAME, Frame, Spliced
 from app.identity import Identity
-from app.log import Logged, canonical_hash, random_id, task_id_of
+from app.log import Logged, canonical_hash, moment, random_id, task_id_of
 from app.requests import json_of, too_large
 from app.seam import Began, Ended, Gap, Reached, Selection
 from app.task import STORED, Snapshot, Status, Task, task
@@ -445,9 +446,14 @@ told.
 
 PASSED_ON = {
     events.tag(kind): RAW.get(kind, "")
-    for kind in (events.Noted, events.Thinking, events.AgentStarted, events.AgentCompleted, events.PlanUpdated)
+    for kind in (
+        *(events.Noted, events.Thinking, events.AgentStarted, events.AgentCompleted, events.PlanUpdated),
+        events.TextDelta,
+    )
 }
-"""Activities of which a message and a payload are told, as the worker said them; by our word, as that of `RAW`."""
+"""Deltas, and activities of which a message and a payload are told: as the worker said them; by our word, as that of
+`RAW`.
+"""
 
 NOTHING = msgspec.Raw()
 """No payload: it is left out."""
@@ -513,21 +519,30 @@ def _shape(name: str, body: Json, entry: Entry) -> Json:
 
 
 class Words(Struct, gc=False):
-    """What a worker said in an event that is passed on, as it stands in the log."""
+    """What a worker said in an event that is only passed on, as it stands in the log."""
 
     name: str = ""
     agent: msgspec.Raw = NOTHING
     message: msgspec.Raw = NOTHING
     payload: msgspec.Raw = NOTHING
+    text: msgspec.Raw = NOTHING
 
 
 _words = msgspec.json.Decoder(Words).decode
 
+_DELTA, _DELTA_NAME = events.tag(events.TextDelta), SSE_NAME[RAW[events.TextDelta]]
 # Neither an id nor a name has a character that JSON would escape (`events.ID`, `events.NOTED`).
-_PASSED_ON = FRAME % (
+_ACTIVITY_FRAME = FRAME % (
     b"%b",
     b"%b",
-    b'{"workflow_id":"%b","type":"%b"%b%b%b,"timestamp":"%b","seq":%d,"stream_id":"%b"}',
+    b'{"workflow_id":"%b","type":"%b"%b%b%b%b%b%b,"timestamp":"%b","seq":%d,"stream_id":"%b"}',
+)
+_DELTA_FRAME = FRAME % (
+    b"%b",
+    _DELTA_NAME.encode(),
+    b'{"delta":%b,"workflow_id":"%b","agent_id":%b,"seq":%d,"stream_id":"%b","message":%b,"attempt":%d,"type":"'
+    + _DELTA_NAME.encode()
+    + b'"}',
 )
 
 
@@ -538,25 +553,36 @@ def live(one: Logged) -> Spliced | None:
     raw = PASSED_ON.get(one.type)
     if raw is None or not one.event.isascii():
         return None
-    said = _words(one.event)
+    said, id_, task = _words(one.event), one.id.encode(), one.task.encode()
+    agent, message, payload = said.agent, said.message, said.payload
+    if one.type == _DELTA:
+        whose, text = b'""' if agent is NOTHING else agent, said.text
+        return _DELTA_NAME, raw, _DELTA_FRAME % (id_, text, task, whose, one.seq, id_, text, one.attempt)
     raw = raw or said.name
     if raw in SSE_NAME:
         return None
-    agent, message, payload = said.agent, said.message, said.payload
-    id_, name = one.id.encode(), raw.encode()
-    told = _PASSED_ON % (
+    name = raw.encode()
+    told = _ACTIVITY_FRAME % (
         id_,
         name,
-        one.task.encode(),
+        task,
         name,
-        b"" if agent is NOTHING else b',"agent_id":%b' % agent,
-        b"" if message is NOTHING else b',"message":%b' % message,
-        b"" if payload is NOTHING else b',"payload":%b' % payload,
-        clock(one.at).encode(),
+        b"" if agent is NOTHING else b',"agent_id":',
+        agent,
+        b"" if message is NOTHING else b',"message":',
+        message,
+        b"" if payload is NOTHING else b',"payload":',
+        payload,
+        _clock(one.seconds, one.micros, one.id.partition("-")[0]),
         one.seq,
         id_,
     )
     return raw, raw, told
+
+
+@lru_cache(maxsize=256)  # what one call of the store writes has one time
+def _clock(seconds: int, micros: int, ms: str) -> bytes:
+    return clock(moment(seconds, micros, ms)).encode()
 
 
 def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
