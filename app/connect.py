@@ -28,7 +28,7 @@ from app.errors import Full, Invalid, Misconfigured, TaskcastError, Unavailable
 Arg = str | bytes | int | float
 
 TIMEOUT_SECONDS = 10.0
-"""For an answer. A script takes milliseconds; a server that loads its log answers at once that it does."""
+"""For a connection, and for an answer. A script takes milliseconds; a server that loads its log answers at once that it does."""
 REPEAT_SECONDS = 8.0
 """How long a repeatable call goes on asking: an embedded server that died is back within about a second."""
 BLOCK_SECONDS = 5.0
@@ -169,6 +169,10 @@ class Door:
             await lane.aclose()
 
 
+def _nobody(_: Any) -> None:
+    """Wants to hear of an answer as it comes."""
+
+
 class Line:
     """One connection, made by the first trip, and by the first one after a failure. One trip at a time."""
 
@@ -186,9 +190,7 @@ class Line:
             raise in_our_words(answer)
         return answer
 
-    async def trip(
-        self, commands: Sequence[tuple[Arg, ...]], tell: Callable[[Any], object] = lambda _: None
-    ) -> list[Any]:
+    async def trip(self, commands: Sequence[tuple[Arg, ...]], tell: Callable[[Any], object] = _nobody) -> list[Any]:
         """The replies, each of which is told as it comes; an error among them stands in its place. Whatever else goes wrong
         closes the connection.
         """
@@ -219,7 +221,9 @@ class Line:
 
     @property
     def ended(self) -> bool:
-        """The server closed it. A trip fails then; who needs nothing of this very connection closes it first."""
+        """It is of no use any more: the server closed it, or said what nobody asked. A trip fails then; who needs nothing
+        of this very connection closes it first.
+        """
         return self._link is not None and self._link.ended
 
     def close(self) -> None:
@@ -229,15 +233,15 @@ class Line:
 
 
 class Link(asyncio.Protocol):
-    """A connection that redis-py has made and signed in on, and that is a `Line`'s from there: without streams, and a
-    timer for each trip. A process that has little to do finds its caches cold each time, and feels every step (one trip
+    """A connection that redis-py has made and signed in on, and that is a `Line`'s from there: without streams, and
+    without a timer for each trip. A process that has little to do finds its caches cold each time, and feels every step (one trip
     after 5 ms of rest: 80 µs of CPU instead of 130; measured).
     """
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer, self._loop = writer, asyncio.get_running_loop()
         self._replies = hiredis.Reader(replyError=_refusal)
-        self._tell: Callable[[Any], object]
+        self._tell: Callable[[Any], object] = _nobody
         self._wanted = 0
         self._answers: list[Any] = []
         self._arrived: asyncio.Future[None] | None = None
@@ -249,7 +253,7 @@ class Link(asyncio.Protocol):
     async def trip(self, data: bytes, wanted: int, tell: Callable[[Any], object]) -> list[Any]:
         """Raises OSError, and hiredis's errors: the connection is of no use then."""
         if self.ended:
-            raise ConnectionResetError("Connection closed by server.")
+            raise ConnectionResetError("The connection has ended.")
         self._answers, self._wanted, self._tell = [], wanted, tell
         self._arrived = self._loop.create_future()
         self._deadline = self._loop.time() + TIMEOUT_SECONDS
@@ -257,12 +261,13 @@ class Link(asyncio.Protocol):
         self._writer.transport.write(data)
         try:
             await self._arrived
+            return self._answers
         finally:
             self._arrived = None
-        return self._answers
+            self._answers, self._tell = [], _nobody  # what they hold may be large, and the next trip far
 
     def data_received(self, data: bytes) -> None:
-        if self._arrived is None:
+        if self._arrived is None or self._arrived.done():
             self.ended = True  # nobody asked: perhaps why it closes
             return
         try:
@@ -273,7 +278,7 @@ class Link(asyncio.Protocol):
         except Exception as error:  # noqa: BLE001 (whoever waits has to hear of it)
             self._fail(error)
         else:
-            if len(self._answers) == self._wanted and not self._arrived.done():
+            if len(self._answers) == self._wanted:
                 self.ended = self._replies.has_data()  # as above
                 self._arrived.set_result(None)
 
@@ -293,7 +298,7 @@ class Link(asyncio.Protocol):
             self._fail(TimeoutError("No answer."))
 
     def eof_received(self) -> None:
-        self.ended = True
+        self.connection_lost(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._fail(exc or ConnectionResetError("Connection closed by server."))

@@ -1,4 +1,4 @@
-"""Frames: what a dialect says of an item, as the bytes of Server-Sent Events; spelled once for all who want the same."""
+"""Frames: what a dialect says of an item, as the bytes of Server-Sent Events; for all who want the same."""
 
 import json
 import random

@@ -51,8 +51,9 @@ READ_PAUSE_SECONDS = 0.004
 """Between two reads of a tail, at least: of a busy log each brings several entries then. One that comes alone is not held
 up."""
 READ_MANY = 16
+"""Entries of one read."""
 BUSY_PAUSE_SECONDS = 0.01
-"""After a read that brought so many: to wake up for the next ones costs as much as several deliveries (50 writers: a
+"""The pause after a read of so many, if it was not a full page: to wake up for the next ones costs as much as several deliveries (50 writers: a
 twenty-fifth of all that a delivery costs, measured)."""
 REPLAYS = 4
 """Pages that are read for replaying readers at the same time."""
@@ -156,7 +157,7 @@ class Tail:
                         finally:  # whatever a watcher does: it is counted as written
                             outbox.write()
                         pause = READ_PAUSE_SECONDS if len(found) < READ_MANY else BUSY_PAUSE_SECONDS
-                        if (early := came + pause - loop.time()) > 0:
+                        if len(found) < PAGE_ENTRIES and (early := came + pause - loop.time()) > 0:
                             await asyncio.sleep(early)
             except Unavailable as error:
                 logger.warning("tail.waiting", partition=self._tag, reason=str(error))

@@ -384,7 +384,7 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
     @property
     def at(self) -> int:
         """As of `Entry`."""
-        return moment(self.seconds, self.micros, self.id.partition("-")[0])
+        return written_at(self.seconds, self.micros, self.id.partition("-")[0])
 
     def fold(self, before: Snapshot) -> Snapshot:
         """The state after this entry, which `entry` then holds too; made once for all its readers."""
@@ -410,7 +410,7 @@ class Logged(Struct, array_like=True, eq=False, gc=False):
         return self._entry
 
 
-def moment(seconds: int, micros: int, ms: str) -> int:
+def written_at(seconds: int, micros: int, ms: str) -> int:
     """When an entry was written, as of `Entry`: at a time of the store's, but never before what its id says."""
     return max(seconds * 1_000_000 + micros, int(ms) * 1000)
 

@@ -1,8 +1,8 @@
 """Server-Sent Events: frame → bytes, and the two ways to stream them.
 
 **Direct**, on our own server: after the headers the stream takes its connection over (`Wire`), and the ASGI call
-returns. What remains of a subscriber is one small object that writes: no task, no timer. A live entry is spelled once,
-and the same bytes go to everybody.
+returns. What remains of a subscriber is one small object that writes: no task, no timer. A live entry is spelled once for
+all who want the same and go together (`crowd.py`), and once for those who go alone.
 
 **Portable**, on any other ASGI server, by `sse_starlette.EventSourceResponse`: pages, pulled one after the other.
 

@@ -200,7 +200,7 @@ async def test_what_a_client_says_on_its_stream_is_thrown_away(store: Store, ser
         assert b"HTTP/1.1" not in rest
 
 
-async def test_an_event_is_spelled_once_for_all_who_want_the_same(
+async def test_an_event_is_spelled_once_for_all_who_want_the_same_alone_or_together(
     store: Store, server: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task, attempt = await started(store)
@@ -220,6 +220,11 @@ async def test_an_event_is_spelled_once_for_all_who_want_the_same(
         for reader in (*readers, *filtered):
             await reader.readuntil(b'"delta":"word"')
         assert len(spelled) == 2
+        await wait_until(lambda: len(together(server)) == 2 and None not in together(server), "they go together")
+        await attempt.write("another")
+        for reader in (*readers, *filtered):
+            await reader.readuntil(b'"delta":"another"')
+        assert len(spelled) == 4
 
 
 def counted(server: Served) -> tuple[float, float]:

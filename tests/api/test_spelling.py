@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+from collections import OrderedDict
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args
 
@@ -444,6 +446,19 @@ def same_live(event: AnyEvent) -> bool:
 
 @pytest.mark.parametrize("event", SAMPLES, ids=lambda event: type(event).__name__)
 def test_every_event_is_told_live_as_it_is_later(event: AnyEvent) -> None:
+    assert same_live(event)
+
+
+class Nothing(StrEnum):
+    NOTHING = ""
+
+
+@pytest.mark.parametrize(
+    "said", [{"agent": Nothing.NOTHING}, {"message": Nothing.NOTHING}, {"payload": OrderedDict()}], ids=str
+)
+def test_what_is_empty_is_left_out_live_also_if_the_log_has_it(said: dict[str, Any]) -> None:
+    event = events.Noted(name="NOTE", **said)
+    assert b'""' in events.encode(event) or b"{}" in events.encode(event)
     assert same_live(event)
 
 

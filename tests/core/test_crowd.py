@@ -186,7 +186,9 @@ def test_a_crowd_looks_at_an_entry_once() -> None:
     assert [follower.taken for follower in scene.followers] == [1] * READERS
     scene.say()
     before = counted()
+    scene.spelling.times = 0
     assert scene.offer() == READERS
+    assert scene.spelling.times == 1
     assert [follower.taken for follower in scene.followers] == [1] * READERS
     assert all(follower.got == [1, 2, 3, 4] for follower in scene.followers)
     assert counted() == (before[0] + READERS, before[1] + READERS)

@@ -318,7 +318,7 @@ async def test_an_answer_that_does_not_come_is_waited_for_so_long_and_the_next_o
     monkeypatch.setattr(connect, "TIMEOUT_SECONDS", 0.2)
     async with store.door.blocking() as line:
         before = await line.ask("CLIENT", "ID")
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="No answer"):
             await line.ask("BLPOP", "nothing", 0)
         assert await line.ask("CLIENT", "ID") != before
 

@@ -27,7 +27,7 @@ from app.errors import Conflict, Invalid, TaskcastError
 from app.events import AnyEvent, Entry, Json, Submission, Usage
 from app.frames import FRAME, Frame, Spliced
 from app.identity import Identity
-from app.log import Logged, canonical_hash, moment, random_id, task_id_of
+from app.log import Logged, canonical_hash, random_id, task_id_of, written_at
 from app.requests import json_of, too_large
 from app.seam import Began, Ended, Gap, Reached, Selection
 from app.task import STORED, Snapshot, Status, Task, task
@@ -455,8 +455,8 @@ PASSED_ON = {
 `RAW`.
 """
 
-NOTHING = msgspec.Raw()
-"""No payload: it is left out."""
+NO_TEXT, NO_OBJECT, NOTHING = msgspec.Raw(b'""'), msgspec.Raw(b"{}"), msgspec.Raw()
+"""What is not said, and so left out."""
 
 SSE_NAME = {
     "LLM_PARTIAL": "thread.message.delta",
@@ -547,8 +547,10 @@ _DELTA_FRAME = FRAME % (
 
 
 def live(one: Logged) -> Spliced | None:
-    """As `frame`. Between the log and a thousand readers of as many tasks an event costs what Python does with it, once
-    for each: so what a dialect only passes on is not made into objects first.
+    """As `frame`, spliced from what stands in the log; None: it has to be parsed for that.
+
+    Between the log and a thousand readers of as many tasks an event costs what Python does with it, once for each: so
+    what a dialect only passes on is not made into objects first.
     """
     raw = PASSED_ON.get(one.type)
     if raw is None or not one.event.isascii():
@@ -556,11 +558,15 @@ def live(one: Logged) -> Spliced | None:
     said, id_, task = _words(one.event), one.id.encode(), one.task.encode()
     agent, message, payload = said.agent, said.message, said.payload
     if one.type == _DELTA:
-        whose, text = b'""' if agent is NOTHING else agent, said.text
+        whose, text = NO_TEXT if agent is NOTHING else agent, said.text
         return _DELTA_NAME, raw, _DELTA_FRAME % (id_, text, task, whose, one.seq, id_, text, one.attempt)
     raw = raw or said.name
     if raw in SSE_NAME:
         return None
+    # An encoder that omits defaults knows them as Python's own: not an enumeration's "", nor an OrderedDict.
+    agent = NOTHING if agent == NO_TEXT else agent
+    message = NOTHING if message == NO_TEXT else message
+    payload = NOTHING if payload == NO_OBJECT else payload
     name = raw.encode()
     told = _ACTIVITY_FRAME % (
         id_,
@@ -582,7 +588,7 @@ def live(one: Logged) -> Spliced | None:
 
 @lru_cache(maxsize=256)  # what one call of the store writes has one time
 def _clock(seconds: int, micros: int, ms: str) -> bytes:
-    return clock(moment(seconds, micros, ms)).encode()
+    return clock(written_at(seconds, micros, ms)).encode()
 
 
 def event_body(entry: Entry, *, stream: bool = False) -> list[Json]:
