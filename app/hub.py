@@ -53,8 +53,8 @@ up."""
 READ_MANY = 16
 """Entries of one read."""
 BUSY_PAUSE_SECONDS = 0.01
-"""The pause after a read of so many, if it was not a full page: to wake up for the next ones costs as much as several deliveries (50 writers: a
-twenty-fifth of all that a delivery costs, measured)."""
+"""The pause after a read of so many, unless it was a full page: to wake up for the next ones costs as much as several
+deliveries (50 writers: a twenty-fifth of all that a delivery costs, measured)."""
 REPLAYS = 4
 """Pages that are read for replaying readers at the same time."""
 STATE_BATCH = 50
