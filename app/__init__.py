@@ -12,7 +12,7 @@ The log is the truth; a snapshot is its fold. Imports point one way, and a test 
 
     core     errors events task schema       pure, no I/O
     leaves   keys settings metrics
-    Redis    embedded connect log snapshots queues agents registrations seam crowd hub
+    Redis    embedded line connect log snapshots queues agents registrations seam crowd tail hub
     store                                    above it nobody says Redis, below it nobody says HTTP
     HTTP     identity claims frames streams direct sse api ops
     edge     edge protocol server                     the application and its process

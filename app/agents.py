@@ -12,9 +12,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app import events, keys
-from app.connect import Arg, Door
+from app.connect import Door
 from app.errors import Invalid, NotFound
 from app.events import Continued, Submission
+from app.line import Arg
 from app.log import Partitions
 
 AGENTS_MAX = 10_000

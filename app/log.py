@@ -15,9 +15,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from app import events, keys
-from app.connect import BLOCK_SECONDS, Arg, Door, Line
+from app.connect import Door
 from app.errors import Conflict, Invalid, Misconfigured, NotFound, OutOfOrder, Stale, TaskcastError, TooLarge
 from app.events import AnyEvent, Entry, Submission
+from app.line import BLOCK_SECONDS, Arg, Line
 from app.settings import Settings
 from app.task import GONE, TERMINAL, THREAD_BYTES_MAX, THREAD_MESSAGES_MAX, Snapshot, Status, apply, parts, rows
 

@@ -20,8 +20,9 @@ from msgspec import Struct
 from redis.exceptions import NoScriptError
 
 from app import events, keys
-from app.connect import Arg, Door, Line, evaluation, in_our_words
+from app.connect import Door, evaluation
 from app.errors import Conflict, Full, Invalid, NotFound, Unavailable
+from app.line import Arg, Line, in_our_words
 from app.log import Log, Partitions, entry, limits
 from app.settings import Settings
 from app.task import LEASED, MAX_ATTEMPTS, PAUSED, RUNNING, Task, rows, task

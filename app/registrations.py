@@ -10,7 +10,8 @@ from uuid import uuid4
 from msgspec import Struct
 
 from app import keys
-from app.connect import Arg, Door
+from app.connect import Door
+from app.line import Arg
 from app.log import Partitions
 
 KEPT_SECONDS = 60

@@ -16,8 +16,9 @@ from msgspec import Struct
 from msgspec.structs import fields
 
 from app import events, keys
-from app.connect import Arg, Door
+from app.connect import Door
 from app.errors import Invalid, TaskcastError
+from app.line import Arg
 from app.log import Message, Partitions, entry, limits, message
 from app.settings import Settings
 from app.task import EMPTY, LEASED, OPEN, QUEUED, TERMINAL, Snapshot, Status, Task, apply, task

@@ -138,7 +138,7 @@ class Follower(asyncio.Protocol):
 
 async def bare_loop(url: str, log: str, fd: str) -> None:
     from app.connect import Door  # noqa: PLC0415 (as below)
-    from app.hub import READ_PAUSE_SECONDS  # noqa: PLC0415
+    from app.tail import READ_PAUSE_SECONDS  # noqa: PLC0415
 
     loop = asyncio.get_running_loop()
     await loop.create_server(Follower, sock=socket.socket(fileno=int(fd)), backlog=2048)

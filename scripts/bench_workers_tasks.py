@@ -23,9 +23,10 @@ import uvloop
 
 from app import events, keys
 from app.api.shannon import spelling
-from app.connect import SHARES_MAX, Arg, Door, Share, calls_of, command_of
+from app.connect import SHARES_MAX, Door, Share, calls_of, command_of
 from app.events import Completed, Submission, Thinking
 from app.identity import DEVELOPMENT, DEVELOPMENT_ORG, DEVELOPMENT_USER, Identity
+from app.line import Arg
 from app.log import Log
 from app.settings import Settings
 from app.store import Store, open_store
@@ -136,7 +137,7 @@ def sent(
     url: str, valkey: int, commands: Sequence[tuple[Arg, ...]], *, at_once: int
 ) -> tuple[list[Any], Sequence[int]]:
     """The replies, and what was spent."""
-    packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type] # as in connect.py
+    packed = [hiredis.pack_command(command) for command in commands]  # type: ignore[arg-type] # as in line.py
     batches = [packed[i : i + at_once] for i in range(0, len(packed), at_once)]
     joined = [b"".join(batch) for batch in batches]
     reader, replies = hiredis.Reader(), []

@@ -11,6 +11,7 @@ LAYERS = [
     {"app.keys", "app.settings", "app.metrics"},
     {
         "app.embedded",
+        "app.line",
         "app.connect",
         "app.log",
         "app.snapshots",
@@ -19,6 +20,7 @@ LAYERS = [
         "app.registrations",
         "app.seam",
         "app.crowd",
+        "app.tail",
         "app.hub",
     },
     {"app.store"},
@@ -102,7 +104,9 @@ def test_above_the_store_nobody_says_redis_and_below_it_nobody_says_http() -> No
         assert place is not None
         if place > 2:
             assert not used & {"redis", "hiredis", "valkey"}, name
-            assert not imports(tree) & {"app.connect", "app.keys"} or place == 3 or name == "app.identity", name
+            assert (
+                not imports(tree) & {"app.line", "app.connect", "app.keys"} or place == 3 or name == "app.identity"
+            ), name
         if place < 4:
             assert not used & HTTP, name
 

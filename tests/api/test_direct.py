@@ -13,12 +13,12 @@ from app import streams as streams_
 from app.crowd import Crowd, Outbox
 from app.direct import Direct
 from app.frames import Spelling
-from app.hub import WAITING_BYTES
 from app.identity import DEVELOPMENT_KEY
 from app.log import Logged, said
 from app.protocol import Kept
 from app.settings import Settings
 from app.store import Store
+from app.tail import WAITING_BYTES
 from tests.api.serving import ORG, Served, served, started, submit
 from tests.api.test_streams import frames, production, seqs, streams_of, turned_away
 from tests.waiting import wait_until

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from app.connect import Link
+from app.line import Link
 
 
 class Writer:

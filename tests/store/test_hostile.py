@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from app import events, keys
-from app.connect import Arg
 from app.errors import Conflict, Invalid, Stale, TooLarge, Unavailable
 from app.events import Submission, TextDelta, Usage
+from app.line import Arg
 from app.queues import Claimed
 from app.seam import Ended, Item
 from app.store import Store

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app import connect, events, hub, keys
+from app import events, hub, keys
 from app.errors import NotFound, Unavailable
 from app.events import Entry, Submission, TextDelta
 from app.log import Logged
@@ -315,7 +315,7 @@ async def test_a_blocking_connection_that_the_store_closed_between_two_reads_say
 async def test_an_answer_that_does_not_come_is_waited_for_so_long_and_the_next_one_is_on_a_new_connection(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr("app.line.TIMEOUT_SECONDS", 0.2)
     async with store.door.blocking() as line:
         before = await line.ask("CLIENT", "ID")
         with pytest.raises(Unavailable, match="No answer"):

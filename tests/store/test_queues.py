@@ -12,9 +12,9 @@ import pytest
 from redis.exceptions import ResponseError
 
 from app import events, keys
-from app.connect import Arg, Line
 from app.errors import Conflict, Invalid, Stale, Unavailable
 from app.events import Submission
+from app.line import Arg, Line
 from app.queues import Claimed, Waiting, lost
 from app.settings import Settings
 from app.store import Store, open_store
@@ -307,7 +307,7 @@ async def test_what_is_claimed_behind_a_refused_wait_is_not_forgotten(store: Sto
 
 
 async def test_a_frozen_store_holds_up_no_stop(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.connect.TIMEOUT_SECONDS", 3600)
+    monkeypatch.setattr("app.line.TIMEOUT_SECONDS", 3600)
     pid = int((await store.door.read("INFO", "server"))["process_id"])
     async with waiting(store, monkeypatch) as (wait, claiming):
         os.kill(pid, signal.SIGSTOP)
