@@ -432,6 +432,8 @@ class Context:
         looks = CHILD_LOOKS_MAX
         while found := await self._look(id_, looks):
             if found.terminal:
+                if found.status is Status.CANCELLED:
+                    await self._unless_cancelled()
                 return found
             looks = 1
             try:
@@ -441,6 +443,15 @@ class Context:
             except (NotFound, Unavailable):
                 await asyncio.sleep(CHILD_PAUSE_SECONDS)
         raise NotFound(f"The sub-task {id_} is not there: it was deleted, or could not be made.")
+
+    async def _unless_cancelled(self) -> None:
+        """A cancel of this task takes its sub-tasks with it, and theirs may be known here before its own. Raises Over."""
+        attempt = self._attempt
+        mine = await attempt.insist(lambda: attempt.store.get(self.task.org, self.task.id))
+        if mine and mine.terminal:
+            attempt.hear(mine.status, mine.last_seq)
+        if attempt.lost:
+            raise Over(attempt.lost)
 
     async def _look(self, id_: str, times: int) -> Task | None:
         """For a sub-task, which whoever finds its parent's wish first makes."""

@@ -16,6 +16,7 @@ from tests.waiting import wait_until
 from tests.workers.conftest import ORG, Bench, Logs
 from workers import Blocking, Context, task
 from workers.handlers import Handler
+from workers.runtime import Worker
 
 
 @asynccontextmanager
@@ -151,6 +152,30 @@ async def test_whatever_a_function_waits_for_its_end_reaches_it(
     assert isinstance(raised[0], asyncio.CancelledError)
     said = (await bench.said(id_))[-1]
     assert said == ("requeued" if end == "stopped" else "timed_out" if late else "cancelled")
+
+
+async def test_the_end_of_a_sub_task_that_went_with_its_parent_is_the_end_of_the_wait(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be known before the parent's own cancel: here the worker never hears of that."""
+    raised: list[BaseException] = []
+
+    @task("default")
+    def plain(task: Task, ctx: Blocking) -> None:
+        try:
+            waits(ctx)
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    monkeypatch.setattr(Worker, "_hear", lambda *_: None)
+    id_ = await bench.submit()
+    async with bench.work(plain):
+        await bench.until_said(id_, events.ChildSubmitted)
+        await bench.say(id_, events.Cancelled())
+        await wait_until(lambda: bool(raised), "the function hears of it")
+    assert isinstance(raised[0], asyncio.CancelledError)
+    assert (await bench.said(id_))[-1] == "cancelled"
 
 
 async def test_a_function_that_uses_its_ctx_no_more_is_timed_out_and_takes_only_its_own_slot(
