@@ -1,14 +1,16 @@
 """What `taskcast serve` is made of: starts child processes, keeps them alive, stops them in good order.
 
 A child runs as `python -P -m app.supervisor DESCRIPTOR SECONDS MODULE ARGUMENTS…`. The descriptor is the reading end
-of a pipe whose other end only the supervisor holds: whatever ends the supervisor, `kill -9` included, ends that
-pipe, and the child stops itself, within those seconds. Each child has a session of its own, so that Ctrl-C reaches
-the supervisor alone. It must never leave a child behind, and it knows nothing about tasks.
+of a pipe whose other end only the supervisor holds: whatever ends the supervisor, `kill -9` included, ends that pipe,
+and the child, once the supervisor's other files are closed too, stops itself within those seconds. Each child has a
+session of its own, so that Ctrl-C reaches the supervisor alone. It must never leave a child behind, and it knows
+nothing about tasks.
 """
 
 import asyncio
 import os
 import runpy
+import select
 import signal
 import sys
 import threading
@@ -32,6 +34,8 @@ QUICK_ENDS_MAX = 3
 """A child that never started well and ended so often never will: the supervisor gives up."""
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 15.0
 """Before a child is started again; doubled with each quick end."""
+GONE_SECONDS_MAX = 5.0
+"""From the first sign that the supervisor ends until a child, on Linux, does not wait any more for its last."""
 MARGIN_SECONDS = 5.0
 """On top of the grace time that children know of, before one is killed."""
 
@@ -225,16 +229,24 @@ def _how(code: int) -> str:
 
 def run_child(lifeline: int, patience_seconds: float, module: str, arguments: Sequence[str]) -> None:
     """Runs the module as the main program, for as long as the supervisor lives."""
-    threading.Thread(target=_outlive_nobody, args=(lifeline, patience_seconds), daemon=True).start()
+    gone = -1
+    if sys.platform == "linux":
+        with suppress(OSError):  # it is gone already: then the pipe says so
+            gone = os.pidfd_open(os.getppid())
+    threading.Thread(target=_outlive_nobody, args=(lifeline, gone, patience_seconds), daemon=True).start()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _outlive_nobody(lifeline: int, patience_seconds: float) -> None:
+def _outlive_nobody(lifeline: int, gone: int, patience_seconds: float) -> None:
     # Signals are for the main thread: the local model waits for them there, with all of them blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     with suppress(OSError):
         os.read(lifeline, 1)
+    if gone >= 0:
+        # What is killed closes its files one by one (seen on Linux: the newest first, over milliseconds). While it
+        # still holds its lock on the store, no child would find itself the last one out, and the server would stay.
+        select.select([gone], [], [], GONE_SECONDS_MAX)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(patience_seconds)
     os.kill(os.getpid(), signal.SIGKILL)

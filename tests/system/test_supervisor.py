@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,3 +116,41 @@ async def test_a_stop_during_the_start_is_heard(make: Make) -> None:
         await wait_until(lambda: bool(kept.pid("a")), "the child is there")
         kept.stop()
         await starting
+
+
+async def test_a_child_hears_of_the_end_of_a_killed_supervisor_when_all_its_files_are_closed(
+    make: Make, tmp_path: Path
+) -> None:
+    """A killed process closes its files one by one, the newest first: here the pipe, long before the lock."""
+    lock, found = tmp_path / "lock", tmp_path / "found"
+    child = make(
+        "a",
+        "import fcntl, os, signal, sys\n"
+        "def end(*_):\n"
+        f"    held = os.open({str(lock)!r}, os.O_RDWR)\n"
+        "    try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB); said = 'free'\n"
+        "    except BlockingIOError: said = 'held'\n"
+        f"    open({str(found)!r} + '.new', 'w').write(said)\n"
+        f"    os.rename({str(found)!r} + '.new', {str(found)!r}); os._exit(0)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "print('ready: yes', flush=True)\n"
+        "while True: signal.pause()\n",
+        ready=True,
+    )
+    program = (
+        "import asyncio, fcntl, os, resource, signal\n"
+        "from app.supervisor import Child, supervisor\n"
+        f"held = os.open({str(lock)!r}, os.O_RDWR | os.O_CREAT); fcntl.flock(held, fcntl.LOCK_SH)\n"
+        "_, most = resource.getrlimit(resource.RLIMIT_NOFILE); most = min(most, 20_000)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))\n"
+        "files = [os.pipe() for _ in range((most - 100) // 2)]\n"
+        "async def main():\n"
+        "    async with supervisor(print, grace_seconds=30) as kept:\n"
+        f"        await kept.start(Child(name='a', module='a', environment={dict(child.environment)!r}, ready='ready: '))\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "asyncio.run(main())\n"
+    )
+    dying = await asyncio.create_subprocess_exec(sys.executable, "-c", program)
+    assert await dying.wait() == -signal.SIGKILL
+    await wait_until(found.exists, "the child is told to end")
+    assert found.read_text() == "free"
