@@ -59,6 +59,8 @@ def in_our_words(error: BaseException) -> BaseException:
             return Full(f"The store cannot write: {error}")
         case exceptions.ResponseError() if str(error).startswith(("BUSY ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN")):
             return Unavailable(f"The store cannot answer now: {error}")
+        case exceptions.ResponseError() if str(error).startswith(("MOVED ", "ASK ")):
+            return Misconfigured("The store is a node of a Redis Cluster; Taskcast needs one Redis that has all keys.")
         case _:
             return error
 
@@ -213,8 +215,6 @@ _REFUSALS: dict[str, type[exceptions.RedisError]] = {
     "WRONGPASS": exceptions.AuthenticationError,
     "NOPERM": exceptions.NoPermissionError,
     "NOREPLICAS": exceptions.ConnectionError,
-    "MOVED": exceptions.MovedError,
-    "ASK": exceptions.AskError,
 }
 """Code of an error reply, which stands first in it (Redis protocol)."""
 

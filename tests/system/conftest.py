@@ -77,8 +77,8 @@ class Process:
 class Server(Process):
     """`taskcast serve`, without its own worker, on a free port."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        super().__init__(name, [TASKCAST, "serve", "--no-worker", "--port", "0"], folder)
+    def __init__(self, name: str, folder: Path, **environment: str) -> None:
+        super().__init__(name, [TASKCAST, "serve", "--no-worker", "--port", "0"], folder, **environment)
         self.url = ""
 
     def start(self) -> None:

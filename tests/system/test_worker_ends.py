@@ -199,6 +199,8 @@ async def test_a_handler_that_blocks_its_loop_beyond_its_lease_writes_nothing_ov
     with worker(tmp_path, "first") as first:
         await bench.until_said(id_, events.Progressed)
         with worker(tmp_path, "second") as second:
+            # It may come too late for the next attempt, which the first one takes then; but not for its own end.
+            await wait_until(lambda: "worker.started" in second.log.read_text(), "the second worker runs")
             done = await bench.until_ended(id_)
 
             async def noticed() -> bool:
