@@ -214,6 +214,7 @@ async def test_the_state_of_a_trimmed_task_is_no_gap(store: Store, server: Serve
 
 
 @production
+@pytest.mark.timeout(120)  # fifteen seconds, on a machine that does nothing else
 @pytest.mark.parametrize("path", ["direct"], indirect=True)
 async def test_a_thousand_who_join_while_a_writer_writes_each_have_the_whole(store: Store, server: Served) -> None:
     store.log._limits = store.log._limits.replace(str(MARK), "5000", 1)

@@ -150,6 +150,7 @@ async def walks_that_end_early_say_so_and_go_on(
     assert await follow(store, wanted, 30, page.next) == expected[40 : 40 + 510]
 
 
+@pytest.mark.timeout(120)  # ten seconds, on a machine that does nothing else
 async def test_lists_of_many_tasks_are_what_brute_force_finds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(20)
     tasks = await populate(store, chance)

@@ -31,6 +31,8 @@ from tests.system.conftest import KEY, ROOT, TASKCAST, Server, client_of, ended,
 from tests.waiting import wait_until
 from workers import model
 
+pytestmark = pytest.mark.timeout(120)  # a dozen processes, one after the other, each a second of a core
+
 TEXT = "one two\nthree four\nfive six"
 
 
@@ -778,17 +780,24 @@ async def test_agents_are_set_listed_and_deleted_while_the_server_runs(
     assert (await taskcast("agents", "delete", "cli:agent", *data)).err == "Agent not found\n"
     assert (await http.get("/api/v1/agents/cli:agent")).status_code == 404
     assert (await http.get(f"/api/v1/tasks/{task}")).status_code == 200
-    wrong: list[tuple[list[str], str]] = [
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
         (["a b"], "An agent's id has 1 to 128"),
         (["a", "--org", "a:b"], "An organisation has 1 to 64"),
         (["a", "--effort", "extreme"], "An agent's effort is one of low, medium, high, xhigh."),
         (["a", "--queue", "a,b"], "has no comma"),
         (["a", "--name", "a\x07"], "printable"),
-    ]
-    for words, sentence in wrong:
-        ran = await taskcast("agents", "set", *words, *data)
-        assert (ran.code, ran.out) == (2, "")
-        assert sentence in ran.err
+    ],
+)
+async def test_an_agent_that_cannot_be_is_refused_in_a_sentence(
+    server: Server, folder: Path, words: list[str], sentence: str
+) -> None:
+    ran = await taskcast("agents", "set", *words, "--data", str(folder / "data"))
+    assert (ran.code, ran.out) == (2, "")
+    assert sentence in ran.err
 
 
 async def test_verify_finds_what_differs_and_rebuild_mends_it_when_nobody_else_is_there(tmp_path: Path) -> None:

@@ -280,6 +280,7 @@ async def next_turn(store: Store, task: str, number: int) -> Attempt:
     return Attempt(store, task, claimed.fence)
 
 
+@pytest.mark.timeout(120)  # fifteen seconds, on a machine that does nothing else
 async def test_readers_that_are_cut_anywhere_have_the_servers_log_whoever_is_killed(
     folder: Path, replicas: list[Replica], ports: list[int], store: Store, seed: str
 ) -> None:
