@@ -42,6 +42,12 @@ def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "LOOK_SECONDS", 0.02)
 
 
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For workers that never beat."""
+    monkeypatch.setattr(workers, "SILENT_SECONDS", 1000)
+
+
 class Worker:
     """As the SDK: a stream, and posts and patches on connections of their own."""
 
@@ -290,7 +296,7 @@ async def test_whatever_ends_a_handler_frees_its_slot(
         assert (await worker.task())["id"] == ids[SLOTS]
 
 
-async def test_a_worker_of_six_slots_flows(store: Store, server: Served, never_sweeps: None) -> None:
+async def test_a_worker_of_six_slots_flows(store: Store, server: Served, never_sweeps: None, patient: None) -> None:
     """No sweep runs, and nobody looks: each end brings the next task."""
     ids = [await create(server) for _ in range(120)]
     most = 0
@@ -762,7 +768,7 @@ async def test_a_key_is_needed_and_a_native_workers_key_is_for_its_own_routes(
                 assert isinstance(answer.json()["detail"], str)
 
 
-async def test_many_workers_come_and_go_and_leave_nothing(store: Store, server: Served) -> None:
+async def test_many_workers_come_and_go_and_leave_nothing(store: Store, server: Served, patient: None) -> None:
     limits = httpx.Limits(max_connections=None)
     headers = {"X-API-Key": DEVELOPMENT_KEY}
     async with (
