@@ -1,5 +1,7 @@
 """The only door to Redis: what is asked, to whom it goes together, and who may ask again.
 
+It is one Redis, which has all keys: Sentinel and Redis Cluster are not spoken (`log.open_partitions` refuses them).
+
 Commands asked for while a round trip is under way go out together in the next one, in the order in which they
 were asked. Nothing is repeated blindly: callers that may repeat themselves, because the script recognises a repeat, say
 so (`repeat=True`).

@@ -59,8 +59,6 @@ def in_our_words(error: BaseException) -> BaseException:
             return Full(f"The store cannot write: {error}")
         case exceptions.ResponseError() if str(error).startswith(("BUSY ", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN")):
             return Unavailable(f"The store cannot answer now: {error}")
-        case exceptions.ResponseError() if str(error).startswith(("MOVED ", "ASK ")):
-            return Misconfigured("The store is a node of a Redis Cluster; Taskcast needs one Redis that has all keys.")
         case _:
             return error
 

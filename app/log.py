@@ -52,12 +52,16 @@ class Partitions:
 async def open_partitions(door: Door, wanted: int) -> Partitions:
     """Reads, or in an empty store makes, what is fixed for its life. `wanted` 0: whatever is there, else 1.
 
-    Raises Misconfigured for another data format, another number of partitions, an old or an evicting server, a Sentinel.
+    Raises Misconfigured for another data format, another number of partitions, an old or an evicting server, a Sentinel, a
+    Redis Cluster.
     """
     server = await door.read("INFO", "server")
     version = server["redis_version"]
-    if "sentinel" in (server.get("redis_mode"), server.get("server_mode")):  # Redis's name, and Valkey's
+    mode = server.get("redis_mode") or server["server_mode"]  # Valkey's name for it
+    if mode == "sentinel":
         raise Misconfigured("The URL names a Sentinel; Taskcast needs that of the Redis which it watches.")
+    if mode == "cluster":
+        raise Misconfigured("The store is a Redis Cluster; Taskcast needs one Redis that has all keys.")
     if int(version.split(".")[0]) < 7:
         raise Misconfigured(f"The store is Redis {version}; Taskcast needs Redis 7.0 or newer, or Valkey.")
     found = (await door.read("INFO", "memory"))["maxmemory_policy"]

@@ -1,10 +1,9 @@
 """What `taskcast serve` is made of: starts child processes, keeps them alive, stops them in good order.
 
-A child runs as `python -P -m app.supervisor DESCRIPTOR SECONDS MODULE ARGUMENTS…`. The descriptor is the reading end
-of a pipe whose other end only the supervisor holds: whatever ends the supervisor, `kill -9` included, ends that pipe,
-and the child, once the supervisor's other files are closed too, stops itself within those seconds. Each child has a
-session of its own, so that Ctrl-C reaches the supervisor alone. It must never leave a child behind, and it knows
-nothing about tasks.
+A child runs as `python -P -m app.supervisor DESCRIPTOR PID SECONDS MODULE ARGUMENTS…`. The descriptor is the reading
+end of a pipe whose other end only the supervisor holds: whatever ends the supervisor, `kill -9` included, ends that pipe,
+and the child, when the process PID is gone, stops itself within those seconds. Each child has a session of its own, so
+that Ctrl-C reaches the supervisor alone. It must never leave a child behind, and it knows nothing about tasks.
 """
 
 import asyncio
@@ -35,7 +34,9 @@ QUICK_ENDS_MAX = 3
 PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 15.0
 """Before a child is started again; doubled with each quick end."""
 GONE_SECONDS_MAX = 5.0
-"""From the first sign that the supervisor ends until a child, on Linux, does not wait any more for its last."""
+"""How long, at most, a child waits for a supervisor that ends to be gone; a killed one takes milliseconds."""
+LOOK_SECONDS = 0.01
+"""Between two looks whether it is, where the system cannot tell."""
 MARGIN_SECONDS = 5.0
 """On top of the grace time that children know of, before one is killed."""
 
@@ -148,7 +149,7 @@ class Supervisor:
                 await asyncio.wait([self._over], timeout=pause)
 
     async def _spawn(self, child: Child) -> Process:
-        words = [str(self.lifeline), str(self._patience_seconds), child.module, *child.arguments]
+        words = [str(self.lifeline), str(os.getpid()), str(self._patience_seconds), child.module, *child.arguments]
         return await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "app.supervisor", *words),
             stdin=DEVNULL,
@@ -227,30 +228,38 @@ def _how(code: int) -> str:
 # The child's side.
 
 
-def run_child(lifeline: int, patience_seconds: float, module: str, arguments: Sequence[str]) -> None:
+def run_child(lifeline: int, parent: int, patience_seconds: float, module: str, arguments: Sequence[str]) -> None:
     """Runs the module as the main program, for as long as the supervisor lives."""
-    gone = -1
-    if sys.platform == "linux":
-        with suppress(OSError):  # it is gone already: then the pipe says so
-            gone = os.pidfd_open(os.getppid())
-    threading.Thread(target=_outlive_nobody, args=(lifeline, gone, patience_seconds), daemon=True).start()
+    threading.Thread(target=_outlive_nobody, args=(lifeline, parent, patience_seconds), daemon=True).start()
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _outlive_nobody(lifeline: int, gone: int, patience_seconds: float) -> None:
+def _outlive_nobody(lifeline: int, parent: int, patience_seconds: float) -> None:
     # Signals are for the main thread: the local model waits for them there, with all of them blocked.
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     with suppress(OSError):
         os.read(lifeline, 1)
-    if gone >= 0:
-        # What is killed closes its files one by one (seen on Linux: the newest first, over milliseconds). While it
-        # still holds its lock on the store, no child would find itself the last one out, and the server would stay.
-        select.select([gone], [], [], GONE_SECONDS_MAX)
+    # What is killed closes its files one by one (seen on Linux: the newest first, over milliseconds). While it still
+    # holds its lock on the store, no child would find itself the last one out, and the server would stay.
+    _await_end(parent)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(patience_seconds)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _await_end(parent: int) -> None:
+    if sys.platform == "linux" and hasattr(os, "pidfd_open"):  # some builds of Python lack it
+        with suppress(OSError):  # it is gone, or this kernel does not tell
+            ended = select.poll()
+            ended.register(os.pidfd_open(parent), select.POLLIN)
+            ended.poll(GONE_SECONDS_MAX * 1000)
+            return
+    # The weaker sign: on Linux a child may get another parent while the last thread of this one still closes files.
+    until = time.monotonic() + GONE_SECONDS_MAX
+    while os.getppid() == parent and time.monotonic() < until:
+        time.sleep(LOOK_SECONDS)
+
+
 if __name__ == "__main__":
-    run_child(int(sys.argv[1]), float(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    run_child(int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5:])

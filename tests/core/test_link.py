@@ -6,8 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from app.errors import Misconfigured
-from app.line import Link, in_our_words
+from app.line import Link
 
 
 class Writer:
@@ -80,13 +79,3 @@ async def test_nothing_of_a_trip_is_held_when_it_is_over() -> None:
     answers = await trip(link, 1, [b"+large\r\n"], told)
     held = [*vars(link).values()]
     assert not any(one is answers or getattr(one, "__self__", None) is told for one in held)
-
-
-@pytest.mark.parametrize("refusal", ["MOVED 3999 127.0.0.1:6381", "ASK 3999 127.0.0.1:6381"])
-async def test_a_node_that_has_not_all_keys_is_no_store(refusal: str) -> None:
-    link = linked()
-    (answer,) = await trip(link, 1, [f"-{refusal}\r\n".encode()])
-    assert not link.ended
-    said = in_our_words(answer)
-    assert isinstance(said, Misconfigured)
-    assert "Redis Cluster" in str(said)

@@ -195,20 +195,20 @@ async def test_a_worker_that_is_frozen_while_it_waits_holds_two_tasks_at_most(tm
 async def test_a_handler_that_blocks_its_loop_beyond_its_lease_writes_nothing_over_the_next_attempt(
     tmp_path: Path, bench: Bench
 ) -> None:
-    id_ = await bench.submit(queue="blocks")
-    with worker(tmp_path, "first") as first:
-        await bench.until_said(id_, events.Progressed)
-        with worker(tmp_path, "second") as second:
-            # It may come too late for the next attempt, which the first one takes then; but not for its own end.
-            await wait_until(lambda: "worker.started" in second.log.read_text(), "the second worker runs")
-            done = await bench.until_ended(id_)
+    with worker(tmp_path, "first") as first, worker(tmp_path, "second") as second:
 
-            async def noticed() -> bool:
-                return "task.lease_lost" in first.log.read_text() or "task.cancelled" in first.log.read_text()
+        def said(what: str) -> list[bool]:
+            return [what in one.log.read_text() for one in (first, second)]
 
-            await wait_until(noticed, "the first worker knows that it lost the task")
-            await asyncio.to_thread(first.stop)
-            await asyncio.to_thread(second.stop)
+        await wait_until(lambda: all(said("worker.started")), "both run")
+        id_ = await bench.submit(queue="blocks")
+        done = await bench.until_ended(id_)
+        await wait_until(
+            lambda: any(said("task.lease_lost") + said("task.cancelled")),
+            "the one that blocked knows that it lost the task",
+        )
+        await asyncio.to_thread(first.stop)
+        await asyncio.to_thread(second.stop)
     assert (done.result, done.attempt) == ("attempt 2", 2)
     fractions = [one.event.fraction for one in await bench.entries(id_) if isinstance(one.event, events.Progressed)]
     assert fractions == [0.1, 0.1]
