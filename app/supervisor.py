@@ -1,9 +1,9 @@
 """What `taskcast serve` is made of: starts child processes, keeps them alive, stops them in good order.
 
 A child runs as `python -P -m app.supervisor DESCRIPTOR PID SECONDS MODULE ARGUMENTS…`. The descriptor is the reading
-end of a pipe whose other end only the supervisor holds: whatever ends the supervisor, `kill -9` included, ends that pipe,
-and the child, when the process PID is gone, stops itself within those seconds. Each child has a session of its own, so
-that Ctrl-C reaches the supervisor alone. It must never leave a child behind, and it knows nothing about tasks.
+end of a pipe whose other end only the supervisor holds: whatever ends the supervisor, `kill -9` included, ends that
+pipe, and the child, when the process PID is gone, stops itself within those seconds. Each child has a session of its
+own, so that Ctrl-C reaches the supervisor alone. It must never leave a child behind, and it knows nothing about tasks.
 """
 
 import asyncio

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -61,6 +62,16 @@ class Process:
     def kill(self) -> None:
         """-9."""
         self._end(signal.SIGKILL)
+
+    def listens(self, port: int) -> None:
+        """Returns when it does."""
+        assert self.running
+        while True:
+            with socket.socket() as tried:
+                if not tried.connect_ex(("127.0.0.1", port)):
+                    return
+            assert self.running.poll() is None, tail(self.log)
+            time.sleep(0.01)
 
     def stop(self) -> None:
         """In good order."""
@@ -127,6 +138,20 @@ class Worker(Process):
 
     def __init__(self, name: str, folder: Path, module: str = "workers.echo", **environment: str) -> None:
         super().__init__(name, [TASKCAST, "worker", module], folder, **environment)
+
+
+@contextlib.contextmanager
+def held_port() -> Iterator[int]:
+    """A free one, for a process that sets SO_REUSEADDR: bound here, and not listening, it stays free for that."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+async def taskcast(*words: str) -> subprocess.CompletedProcess[str]:
+    """A verb, run to its end."""
+    return await asyncio.to_thread(subprocess.run, [TASKCAST, *words], capture_output=True, text=True, check=False)
 
 
 def tail(log: Path) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.system.conftest import TASKCAST, Api, Worker, client_of, history, lifetime
+from tests.system.conftest import Api, Worker, client_of, history, lifetime, taskcast
 from tests.waiting import wait_until
 
 TASKS = 200
@@ -114,11 +114,8 @@ async def test_every_accepted_task_ends_once_whoever_is_killed(
             await check(http, id_, f"Task number {number} of the many")
     own_api.stop()
     own_worker.stop()
-    verify = await asyncio.create_subprocess_exec(
-        *(TASKCAST, "verify", "--data", str(tmp_path / "data")), stdout=asyncio.subprocess.PIPE
-    )
-    stdout, _ = await verify.communicate()
-    assert verify.returncode == 0, stdout.decode()
+    verified = await taskcast("verify", "--data", str(tmp_path / "data"))
+    assert verified.returncode == 0, verified.stdout
 
 
 async def check(http: httpx.AsyncClient, id_: str, query: str) -> None:

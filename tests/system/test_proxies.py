@@ -9,8 +9,6 @@ import asyncio
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from functools import partial
@@ -25,7 +23,7 @@ from websockets.asyncio.client import connect
 from app.settings import Settings
 from app.store import Store
 from tests.api.serving import started
-from tests.system.conftest import KEY, Api, Process, client_of, history, lifetime, tail
+from tests.system.conftest import KEY, Api, Process, client_of, held_port, history, lifetime
 from tests.waiting import wait_until
 
 SSE = "/api/v1/stream/sse"
@@ -116,18 +114,13 @@ def fronts(request: pytest.FixtureRequest, api: Api, tmp_path_factory: pytest.Te
     found = [front for front in FRONTS if front.name.partition("-")[0] == program]
     with ExitStack() as stack:
         for place, front in enumerate(found):
-            held = stack.enter_context(socket.socket())  # bound, and not listening: it keeps the port free
-            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            held.bind(("127.0.0.1", 0))
-            found[place] = front._replace(port=held.getsockname()[1])
+            found[place] = front._replace(port=stack.enter_context(held_port()))
         (folder / "config").write_text(spell(found, f"127.0.0.1:{api.port}"))
         process = Process(program, [word.format(folder=folder) for word in command], folder, PATH=PATH)
         process.start()
         stack.callback(process.kill)
         for front in found:
-            while stack.enter_context(socket.socket()).connect_ex(("127.0.0.1", front.port)):
-                assert process.running and process.running.poll() is None, tail(process.log)
-                time.sleep(0.01)
+            process.listens(front.port)
         yield found
 
 

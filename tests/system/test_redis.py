@@ -4,8 +4,6 @@ that is served; over TLS, and for a user who has no more rights than README says
 
 import asyncio
 import re
-import socket
-import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +15,7 @@ from httpx_sse import aconnect_sse
 
 from app.errors import Unavailable
 from app.line import Line, client
-from tests.system.conftest import ROOT, TASKCAST, Process, Server, Worker, ended, history, lifetime, submit, tail
+from tests.system.conftest import ROOT, Process, Server, Worker, ended, held_port, history, lifetime, submit, taskcast
 from tests.system.examples import needs
 from tests.waiting import wait_until
 
@@ -27,21 +25,14 @@ pytestmark = needs("redis-server")
 """README's."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        found: int = probe.getsockname()[1]
-        return found
-
-
 class Redis(Process):
-    """On a port of its own, that it keeps when it starts again."""
+    """On a port that it keeps when it starts again."""
 
-    def __init__(self, folder: Path, *first: str) -> None:
+    def __init__(self, folder: Path, port: int, *first: str) -> None:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(folder / "authority.pem"))
         authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(str(folder / "redis.pem"))
-        self.port = free_port()
+        self.port = port
         options = {
             "bind": "127.0.0.1",
             "port": "0",
@@ -64,12 +55,7 @@ class Redis(Process):
     def start(self) -> None:
         """Returns when it listens."""
         super().start()
-        while True:
-            with socket.socket() as tried, suppress(ConnectionRefusedError):
-                tried.connect(("127.0.0.1", self.port))
-                return
-            assert self.running
-            assert self.running.poll() is None, tail(self.log)
+        self.listens(self.port)
 
     def url(self, *, password: str = "secret", trusted: bool = True) -> str:
         query = f"?ssl_ca_certs={self.authority}" if trusted else ""
@@ -78,7 +64,8 @@ class Redis(Process):
 
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[Redis]:
-    yield from lifetime(Redis(tmp_path))
+    with held_port() as port:
+        yield from lifetime(Redis(tmp_path, port))
 
 
 @pytest.fixture
@@ -89,10 +76,6 @@ def redis_worker(tmp_path: Path, redis: Redis) -> Iterator[Worker]:
 @pytest.fixture
 def redis_server(tmp_path: Path, redis: Redis, redis_worker: Worker) -> Iterator[Server]:
     yield from lifetime(Server("redis-server", tmp_path, TASKCAST_REDIS_URL=redis.url()))
-
-
-async def taskcast(*words: str) -> subprocess.CompletedProcess[str]:
-    return await asyncio.to_thread(subprocess.run, [TASKCAST, *words], capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -156,16 +139,23 @@ async def test_a_server_whose_certificate_nobody_vouches_for_is_told_nothing(red
         await Line(client(redis.url(trusted=False))).ask("PING")
 
 
-async def test_a_sentinel_is_no_store(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["{folder}/sentinel.conf", "--sentinel"],
+            "The URL names a Sentinel; Taskcast needs that of the Redis which it watches.",
+        ),
+        (
+            ["--cluster-enabled", "yes", "--cluster-port", "{free}"],
+            "The store is a Redis Cluster; Taskcast needs one Redis that has all keys.",
+        ),
+    ],
+    ids=["sentinel", "cluster"],
+)
+async def test_what_is_not_one_redis_is_no_store(tmp_path: Path, words: list[str], said: str) -> None:
     (tmp_path / "sentinel.conf").touch()
-    for redis in lifetime(Redis(tmp_path, str(tmp_path / "sentinel.conf"), "--sentinel")):
-        ran = await taskcast("keys", "list", "--redis", redis.url())
-        said = "The URL names a Sentinel; Taskcast needs that of the Redis which it watches.\n"
-        assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", said)
-
-
-async def test_a_cluster_is_no_store(tmp_path: Path) -> None:
-    for redis in lifetime(Redis(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port()))):
-        ran = await taskcast("keys", "list", "--redis", redis.url())
-        said = "The store is a Redis Cluster; Taskcast needs one Redis that has all keys.\n"
-        assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", said)
+    with held_port() as port, held_port() as free:
+        for redis in lifetime(Redis(tmp_path, port, *(word.format(folder=tmp_path, free=free) for word in words))):
+            ran = await taskcast("keys", "list", "--redis", redis.url())
+            assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", f"{said}\n")

@@ -128,7 +128,7 @@ async def test_a_child_hears_of_the_end_of_a_killed_supervisor_when_all_its_file
         (tmp_path / "sitecustomize.py").write_text("import os\nvars(os).pop('pidfd_open', None)\n")
     child = make(
         "a",
-        "import fcntl, os, signal, sys\n"
+        "import fcntl, os, signal\n"
         "def end(*_):\n"
         f"    one, other = (os.open({str(lock)!r} + name, os.O_RDWR) for name in '12')\n"
         "    said = 'free'\n"

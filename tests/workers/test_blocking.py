@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
@@ -28,6 +28,16 @@ async def opened_beside(bench: Bench, **more: Any) -> AsyncIterator[Store]:
 
 def said_in(logs: Logs, event: str) -> bool:
     return any(one["event"] == event for one in logs)
+
+
+@contextmanager
+def kept(raised: list[BaseException]) -> Iterator[None]:
+    """Whatever is raised in it, for the test to look at."""
+    try:
+        yield
+    except BaseException as error:
+        raised.append(error)
+        raise
 
 
 class Deaf:
@@ -127,11 +137,8 @@ async def test_whatever_a_function_waits_for_its_end_reaches_it(
     raised: list[BaseException] = []
 
     def plain(task: Task, ctx: Blocking) -> None:
-        try:
+        with kept(raised):
             use(ctx)
-        except BaseException as error:
-            raised.append(error)
-            raise
 
     # Time that it is paused for does not count.
     late = end == "timed out" and use in {waits, talks}
@@ -162,11 +169,8 @@ async def test_the_end_of_a_sub_task_that_went_with_its_parent_is_the_end_of_the
 
     @task("default")
     def plain(task: Task, ctx: Blocking) -> None:
-        try:
+        with kept(raised):
             waits(ctx)
-        except BaseException as error:
-            raised.append(error)
-            raise
 
     monkeypatch.setattr(Worker, "_hear", lambda *_: None)
     id_ = await bench.submit()
@@ -248,11 +252,8 @@ async def test_a_thread_that_outlives_its_attempt_writes_nothing_more(bench: Ben
             return "second"
         started.set()
         go.wait()
-        try:
+        with kept(heard):
             ctx.delta("from the first attempt")
-        except BaseException as error:
-            heard.append(error)
-            raise
         return "first"
 
     id_ = await bench.submit()
