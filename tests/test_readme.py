@@ -13,7 +13,7 @@ import pytest
 from msgspec import Struct
 from starlette.routing import BaseRoute, Route, WebSocketRoute
 
-from app import ops, remote
+from app import ops, remote, tail
 from app.api import shannon, workers, xpander
 from app.identity import DEVELOPMENT_KEY
 from app.settings import Settings
@@ -104,6 +104,11 @@ def test_exit_codes_are_those_of_the_command() -> None:
         assert word in table[str(code)]
 
 
+def test_how_late_live_may_be_is_how_long_a_busy_tail_pauses() -> None:
+    late = f"up to {1000 * tail.BUSY_PAUSE_SECONDS:g} ms late** after a read of {tail.READ_MANY} events and more"
+    assert late in README
+
+
 def test_every_call_of_a_worker_is_told_and_every_type_of_event() -> None:
     told = set(re.findall(r"^\| `(GET|POST) (/worker/v1\S*)`", README, re.MULTILINE))
     assert told == {(method, route.path) for route in workers.routes for method in (route.methods or set()) - {"HEAD"}}
@@ -130,11 +135,12 @@ class Block(Struct, frozen=True):
 
 
 def blocks() -> list[Block]:
-    found = re.finditer(r"(?:^<!-- (.*) -->\n)?^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    found = re.finditer(r"(?:^<!-- ([^\n]*) -->\n)?^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     return [Block(README[: one.start()].count("\n") + 1, one[2], one[3], one[1] or "") for one in found]
 
 
 def test_every_block_is_run_or_says_why_not() -> None:
+    assert 2 * len(blocks()) == len(re.findall(r"^```", README, re.MULTILINE))
     for block in blocks():
         if block.language in {"bash", "python"}:
             assert not block.mark or block.mark.startswith("not run: "), block
